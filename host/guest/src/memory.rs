@@ -1,0 +1,299 @@
+//! Guest RAM: one memfd, mapped shared, in one or two ranges of guest physical address space.
+//!
+//! Offsets into the memfd are *RAM offsets*; a [`PageIndex`] counts pages of RAM offset, so RAM
+//! has no hole in the dirty log or on the wire although guest physical address space has one.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::FromRawFd;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion, mmap::MmapRegionBuilder,
+};
+
+use crate::dirty::{DirtyLog, DirtyRange};
+use crate::{PAGE_SIZE, layout};
+
+/// Guest RAM as vm-memory sees it; every write through it marks the dirty log.
+pub type Mapping = GuestMemoryMmap<DirtyRange>;
+
+/// A page of RAM, counted by RAM offset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PageIndex(pub u64);
+
+/// One contiguous range of guest physical address space that is RAM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RamRegion {
+    /// First guest physical address.
+    pub start: u64,
+    /// Bytes.
+    pub size: u64,
+    /// RAM offset of the first byte.
+    pub offset: u64,
+}
+
+/// Why guest RAM could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The size is zero, not a multiple of the page size, or more than the address map holds.
+    #[error(
+        "cannot give a guest {size} bytes of memory: it must be a multiple of 4096 between 1 MiB and {} GiB",
+        layout::MAX_RAM >> 30
+    )]
+    Size {
+        /// What was asked for, in bytes.
+        size: u64,
+    },
+    /// The kernel gave no memory file or mapping.
+    #[error("failed to reserve {size} bytes of guest memory")]
+    Reserve {
+        /// What was asked for, in bytes.
+        size: u64,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Guest RAM and its dirty log. Cheap to clone; clones share the same RAM.
+#[derive(Debug, Clone)]
+pub struct Memory {
+    mapping: Mapping,
+    file: Arc<File>,
+    log: Arc<DirtyLog>,
+    regions: Arc<[MappedRegion]>,
+    size: u64,
+}
+
+#[derive(Debug, Clone)]
+struct MappedRegion {
+    ram: RamRegion,
+    mapping: Arc<MmapRegion<DirtyRange>>,
+}
+
+impl Memory {
+    /// Reserves `size` bytes of zeroed RAM. Pages take host memory when first touched.
+    ///
+    /// # Errors
+    /// [`MemoryError`] when the size cannot be or the host refuses.
+    pub fn new(size: u64) -> Result<Self, MemoryError> {
+        let regions = ram_regions(size)?;
+        let reserve = |source| MemoryError::Reserve { size, source };
+        let file = memory_file(size).map_err(reserve)?;
+        Self::map(file, size, &regions)
+    }
+
+    fn map(file: File, size: u64, regions: &[RamRegion]) -> Result<Self, MemoryError> {
+        let reserve = |source| MemoryError::Reserve { size, source };
+        let file = Arc::new(file);
+        let log = Arc::new(DirtyLog::new((size / PAGE_SIZE) as usize));
+        let mut mapped = Vec::new();
+        let mut mmaps = Vec::new();
+        for region in regions {
+            let range = DirtyRange::new(Arc::clone(&log), region.offset);
+            let mmap = MmapRegionBuilder::new_with_bitmap(region.size as usize, range)
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+                .with_file_offset(FileOffset::from_arc(Arc::clone(&file), region.offset))
+                .build()
+                .map_err(|error| reserve(io::Error::other(error)))?;
+            let mmap = Arc::new(mmap);
+            mapped.push(MappedRegion {
+                ram: *region,
+                mapping: Arc::clone(&mmap),
+            });
+            let region = GuestRegionMmap::with_arc(mmap, GuestAddress(region.start))
+                .ok_or_else(|| reserve(io::Error::other("region wraps the address space")))?;
+            mmaps.push(region);
+        }
+        let mapping =
+            Mapping::from_regions(mmaps).map_err(|error| reserve(io::Error::other(error)))?;
+        Ok(Self {
+            mapping,
+            file,
+            log,
+            regions: mapped.into(),
+            size,
+        })
+    }
+
+    /// Bytes of RAM.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Pages of RAM.
+    pub fn pages(&self) -> u64 {
+        self.size / PAGE_SIZE
+    }
+
+    /// RAM as vm-memory sees it: use this for all access by devices and loaders.
+    pub fn mapping(&self) -> &Mapping {
+        &self.mapping
+    }
+
+    /// The dirty log of this RAM.
+    pub fn dirty_log(&self) -> &Arc<DirtyLog> {
+        &self.log
+    }
+
+    /// The file that holds RAM, for handing it to another process.
+    pub fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
+    /// The ranges of guest physical address space that are RAM, ascending.
+    pub fn regions(&self) -> impl Iterator<Item = RamRegion> + '_ {
+        self.regions.iter().map(|region| region.ram)
+    }
+
+    /// The page that holds a guest physical address, if it is RAM.
+    pub fn page_of(&self, address: u64) -> Option<PageIndex> {
+        self.regions
+            .iter()
+            .find(|region| address.wrapping_sub(region.ram.start) < region.ram.size)
+            .map(|region| PageIndex((region.ram.offset + (address - region.ram.start)) / PAGE_SIZE))
+    }
+
+    /// The guest physical address of a page, if the page exists.
+    pub fn address_of(&self, page: PageIndex) -> Option<GuestAddress> {
+        let offset = page.0.checked_mul(PAGE_SIZE)?;
+        self.regions
+            .iter()
+            .find(|region| offset.wrapping_sub(region.ram.offset) < region.ram.size)
+            .map(|region| GuestAddress(region.ram.start + (offset - region.ram.offset)))
+    }
+
+    /// Where the page is mapped in this process. The pointer is valid for [`PAGE_SIZE`] bytes
+    /// and for as long as `self` or a clone lives; the guest may write it at any time, so only
+    /// volatile, atomic or raw copies are sound, and a writer marks the page afterwards.
+    pub fn host_page(&self, page: PageIndex) -> Option<NonNull<u8>> {
+        let offset = page.0.checked_mul(PAGE_SIZE)?;
+        let region = self
+            .regions
+            .iter()
+            .find(|region| offset.wrapping_sub(region.ram.offset) < region.ram.size)?;
+        let within = (offset - region.ram.offset) as usize;
+        NonNull::new(region.mapping.as_ptr().wrapping_add(within))
+    }
+
+    /// Copies a page out. False when there is no such page.
+    pub fn read_page(&self, page: PageIndex, into: &mut [u8; PAGE_SIZE as usize]) -> bool {
+        let Some(from) = self.host_page(page) else {
+            return false;
+        };
+        // SAFETY: `host_page` returned a mapping of a whole page, which `self` keeps alive.
+        // The guest may write concurrently; a torn copy is allowed, since such a page is marked
+        // dirty again and copied again.
+        #[expect(unsafe_code, reason = "guest memory changes under the copy")]
+        unsafe {
+            std::ptr::copy_nonoverlapping(from.as_ptr(), into.as_mut_ptr(), into.len());
+        }
+        true
+    }
+
+    /// Writes a page and marks it. False when there is no such page.
+    pub fn write_page(&self, page: PageIndex, from: &[u8; PAGE_SIZE as usize]) -> bool {
+        let Some(to) = self.host_page(page) else {
+            return false;
+        };
+        // SAFETY: as in `read_page`; the source is a Rust slice that guest RAM cannot overlap.
+        #[expect(unsafe_code, reason = "guest memory changes under the copy")]
+        unsafe {
+            std::ptr::copy_nonoverlapping(from.as_ptr(), to.as_ptr(), from.len());
+        }
+        self.log.mark(page);
+        true
+    }
+}
+
+/// Where RAM of `size` bytes sits in guest physical address space.
+fn ram_regions(size: u64) -> Result<Vec<RamRegion>, MemoryError> {
+    if !(1 << 20..=layout::MAX_RAM).contains(&size) || !size.is_multiple_of(PAGE_SIZE) {
+        return Err(MemoryError::Size { size });
+    }
+    let low = size.min(layout::LOW_RAM_END);
+    let mut regions = vec![RamRegion {
+        start: 0,
+        size: low,
+        offset: 0,
+    }];
+    if size > low {
+        regions.push(RamRegion {
+            start: layout::HIGH_RAM_START,
+            size: size - low,
+            offset: low,
+        });
+    }
+    Ok(regions)
+}
+
+fn memory_file(size: u64) -> io::Result<File> {
+    // SAFETY: the name is a NUL-terminated constant; the descriptor that comes back is ours.
+    #[expect(unsafe_code, reason = "memfd_create has no safe wrapper in std")]
+    let file = unsafe {
+        let fd = libc::memfd_create(c"dunlin-guest-ram".as_ptr(), libc::MFD_CLOEXEC);
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        File::from_raw_fd(fd)
+    };
+    file.set_len(size)?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::Bytes;
+
+    #[test]
+    fn ram_above_three_gib_continues_above_four() {
+        let memory = Memory::new(5 << 30).unwrap();
+        let regions: Vec<_> = memory.regions().collect();
+        assert_eq!(regions.len(), 2);
+        assert_eq!(regions[1].start, 4 << 30);
+        assert_eq!(regions[1].size, 2 << 30);
+        assert_eq!(memory.page_of(0xd000_0000), None);
+        let page = memory.page_of(4 << 30).unwrap();
+        assert_eq!(page, PageIndex((3 << 30) / PAGE_SIZE));
+        assert_eq!(memory.address_of(page), Some(GuestAddress(4 << 30)));
+        assert_eq!(memory.address_of(PageIndex(memory.pages())), None);
+    }
+
+    #[test]
+    fn absurd_sizes_are_refused() {
+        for size in [0, 1, 4096, (1 << 20) + 1, u64::MAX, u64::MAX & !4095] {
+            assert!(
+                matches!(Memory::new(size), Err(MemoryError::Size { .. })),
+                "{size}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_write_through_vm_memory_marks_its_pages() {
+        let memory = Memory::new(1 << 20).unwrap();
+        memory
+            .mapping()
+            .write_slice(&[1, 2, 3], GuestAddress(0x2fff))
+            .unwrap();
+        assert!(memory.dirty_log().is_dirty(PageIndex(2)));
+        assert!(memory.dirty_log().is_dirty(PageIndex(3)));
+        assert_eq!(memory.dirty_log().count(), 2);
+    }
+
+    #[test]
+    fn a_page_survives_the_round_trip() {
+        let memory = Memory::new(1 << 20).unwrap();
+        let mut page = [0u8; 4096];
+        page[17] = 9;
+        assert!(memory.write_page(PageIndex(5), &page));
+        let mut back = [1u8; 4096];
+        assert!(memory.read_page(PageIndex(5), &mut back));
+        assert_eq!(page, back);
+        assert!(!memory.read_page(PageIndex(256), &mut back));
+    }
+}

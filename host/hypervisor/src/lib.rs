@@ -1,0 +1,10 @@
+//! Engines that run a guest's processors.
+//!
+//! [`Vm`] and [`Vcpu`] are what the machine's loop sees; `soft` runs the software CPU of
+//! `dunlin-x86`, `kvm` runs the host's processor. The engine runs the CPU and reports each access
+//! that is not RAM as an [`Exit`]; it never calls a device, and a device never learns which engine
+//! runs. Must not depend on devices, migration or the machine's assembly.
+
+mod traits;
+
+pub use traits::{Engine, EngineError, Exit, Vcpu, VcpuExitCounts, VcpuHandle, VcpuId, Vm};

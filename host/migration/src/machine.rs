@@ -1,0 +1,79 @@
+//! What migration asks of the machine that it moves.
+
+use dunlin_guest::{Memory, SavedState};
+
+/// Why the machine could not do what migration asked. The cause is the machine's own error.
+#[derive(Debug, thiserror::Error)]
+#[error("machine failed to {action}")]
+pub struct MachineError {
+    /// What was asked.
+    pub action: &'static str,
+    /// Why it failed.
+    #[source]
+    pub source: Box<dyn std::error::Error + Send + Sync>,
+}
+
+/// A running machine that may leave this process.
+pub trait SourceMachine: Send {
+    /// Its RAM and dirty log.
+    fn memory(&self) -> &Memory;
+
+    /// What the destination must build before the first page arrives; opaque to migration.
+    fn configuration(&self) -> Vec<u8>;
+
+    /// Writes by vCPUs reach the dirty log from now on.
+    ///
+    /// # Errors
+    /// [`MachineError`] when the engine refuses.
+    fn start_dirty_tracking(&mut self) -> Result<(), MachineError>;
+
+    /// Brings the engine's own record of written pages into the dirty log. Called before each
+    /// harvest of the log.
+    ///
+    /// # Errors
+    /// [`MachineError`] when the engine refuses.
+    fn collect_dirty(&mut self) -> Result<(), MachineError>;
+
+    /// Ends tracking; also called after a failed attempt.
+    ///
+    /// # Errors
+    /// [`MachineError`] when the engine refuses.
+    fn stop_dirty_tracking(&mut self) -> Result<(), MachineError>;
+
+    /// Stops vCPUs and devices. Guest memory does not change from the return on.
+    ///
+    /// # Errors
+    /// [`MachineError`] when it cannot be stopped; it is then running.
+    fn pause(&mut self) -> Result<(), MachineError>;
+
+    /// Goes on after `pause`: the move failed or was cancelled before the hand-over.
+    ///
+    /// # Errors
+    /// [`MachineError`] when a part does not start.
+    fn resume(&mut self) -> Result<(), MachineError>;
+
+    /// The state of every component, while paused. Saving may write guest memory (a clock page,
+    /// a ring index): such pages are marked in the dirty log as any other.
+    ///
+    /// # Errors
+    /// [`MachineError`] when a part cannot be saved.
+    fn save(&mut self) -> Result<Vec<SavedState>, MachineError>;
+}
+
+/// A machine under construction that a guest may arrive in.
+pub trait DestinationMachine: Send {
+    /// Its RAM.
+    fn memory(&self) -> &Memory;
+
+    /// Gives every component its state.
+    ///
+    /// # Errors
+    /// [`MachineError`] when a state does not fit; the guest must not be started then.
+    fn restore(&mut self, states: Vec<SavedState>) -> Result<(), MachineError>;
+
+    /// Runs the guest: called once, after ownership has passed to this side.
+    ///
+    /// # Errors
+    /// [`MachineError`] when a part does not start.
+    fn start(&mut self) -> Result<(), MachineError>;
+}
