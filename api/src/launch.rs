@@ -1,0 +1,145 @@
+//! What a parent tells a new VM process, and the one line that it answers.
+//!
+//! The parent starts `dunlin vm-process SPEC` with [`LaunchSpec`] as JSON in `SPEC`. The process
+//! answers one line of JSON, a [`LaunchReply`], on its standard output and then closes it.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::{EngineChoice, NetConfig, VmConfig};
+use crate::error::ApiError;
+use crate::name::VmName;
+use crate::status::VmStatus;
+
+/// What a VM process is to do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LaunchSpec {
+    /// Version of this type, [`crate::VERSION`].
+    pub version: u32,
+    /// The runtime directory.
+    pub runtime: PathBuf,
+    /// Where the guest comes from.
+    pub guest: GuestOrigin,
+    /// What standard input is.
+    pub standard_input: StandardInput,
+}
+
+/// Where the guest comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum GuestOrigin {
+    /// It boots.
+    Boot(Box<VmConfig>),
+    /// It was saved to a file.
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What differs from the saved configuration.
+        overrides: Overrides,
+    },
+    /// It arrives on the connection that standard input is.
+    Peer {
+        /// What differs from the source's configuration.
+        overrides: Overrides,
+    },
+}
+
+/// What a destination decides for itself.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Overrides {
+    /// Another name.
+    #[serde(default)]
+    pub name: Option<VmName>,
+    /// Another engine.
+    #[serde(default)]
+    pub engine: Option<EngineChoice>,
+    /// Switch ports of this host, in the order of the guest's devices; the addresses stay.
+    #[serde(default)]
+    pub nets: Vec<NetConfig>,
+}
+
+impl Overrides {
+    /// Applies them to what came from the other side.
+    pub fn apply(&self, config: &mut VmConfig) {
+        // The addresses are part of the guest: fix them before the name they derive from changes.
+        let macs = config.macs();
+        for (net, mac) in config.nets.iter_mut().zip(macs) {
+            net.mac = Some(mac);
+        }
+        for (net, here) in config.nets.iter_mut().zip(&self.nets) {
+            net.switch.clone_from(&here.switch);
+        }
+        if let Some(name) = &self.name {
+            config.name = name.clone();
+        }
+        if let Some(engine) = self.engine {
+            config.engine = engine;
+        }
+    }
+}
+
+/// What a VM process finds on standard input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StandardInput {
+    /// Nothing: the process lives by itself.
+    Nothing,
+    /// A pipe that its parent holds open: at its end the VM stops, unless [`DETACH`] came first.
+    Lifeline,
+    /// The connection on which the guest arrives.
+    Connection,
+}
+
+/// The byte that lets the VM process outlive its parent.
+pub const DETACH: u8 = b'd';
+
+/// The answer of a VM process.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LaunchReply {
+    /// It runs, or is ready to.
+    Ready(VmStatus),
+    /// It could not start and has ended.
+    Failed(ApiError),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::OnReboot;
+
+    #[test]
+    fn a_renamed_guest_keeps_its_addresses() {
+        let mut config = VmConfig {
+            version: crate::VERSION,
+            name: "a".parse().unwrap(),
+            kernel: "/k".into(),
+            initrd: None,
+            command_line: String::new(),
+            memory_bytes: 1 << 28,
+            cpus: 1,
+            disks: Vec::new(),
+            nets: vec![NetConfig {
+                switch: "/old".into(),
+                mac: None,
+            }],
+            engine: EngineChoice::Auto,
+            baseline: None,
+            on_reboot: OnReboot::Restart,
+        };
+        let before = config.macs();
+        Overrides {
+            name: Some("b".parse().unwrap()),
+            engine: None,
+            nets: vec![NetConfig {
+                switch: "/new".into(),
+                mac: None,
+            }],
+        }
+        .apply(&mut config);
+        assert_eq!(config.macs(), before);
+        assert_eq!(config.nets[0].switch, PathBuf::from("/new"));
+        assert_eq!(config.name.as_str(), "b");
+    }
+}

@@ -1,0 +1,32 @@
+//! What programs say to a VM's process, and where they find it.
+//!
+//! - [`name`], [`size`], [`config`]: a VM as the user asked for it, and what is valid;
+//! - [`status`]: what a VM's process tells about itself;
+//! - [`migration`]: asking for a move and following it;
+//! - [`error`]: how a request is refused;
+//! - [`place`]: the runtime directory with one folder and one API socket per VM;
+//! - [`launch`]: what a parent tells a new VM process, and its one line of answer;
+//! - [`probe`], [`snapshot`]: what a host offers, what a saved file holds;
+//! - [`route`]: the paths of the HTTP interface.
+//!
+//! Plain data, serialised as JSON, with validation; no I/O beyond path names. Everything that is
+//! sent carries [`VERSION`] where a stranger may read it. Must not depend on any crate of ours.
+
+pub mod config;
+pub mod error;
+pub mod launch;
+pub mod migration;
+pub mod name;
+pub mod place;
+pub mod probe;
+pub mod route;
+pub mod size;
+pub mod snapshot;
+pub mod status;
+
+pub use config::{ConfigError, DiskConfig, EngineChoice, MacText, NetConfig, OnReboot, VmConfig};
+pub use error::{ApiError, ErrorCode};
+pub use name::{NameError, VmName};
+
+/// Version of these types. A reader refuses a greater one.
+pub const VERSION: u32 = 1;

@@ -1,0 +1,23 @@
+//! Paths of the HTTP interface on a VM's API socket. Bodies are JSON; a refusal is an
+//! [`crate::ApiError`] with a 4xx or 5xx status.
+
+/// GET: [`crate::status::VmStatus`].
+pub const VM: &str = "/v1/vm";
+/// POST: stops the guest between two instructions; answers the status.
+pub const PAUSE: &str = "/v1/vm/pause";
+/// POST: goes on; answers the status.
+pub const RESUME: &str = "/v1/vm/resume";
+/// POST: ends the VM; answers the last status.
+pub const STOP: &str = "/v1/vm/stop";
+/// POST [`crate::migration::MigrateRequest`]: begins a move; answers the migration's status.
+pub const MIGRATE: &str = "/v1/vm/migrate";
+/// POST [`crate::migration::SaveRequest`]: saves the guest and leaves it paused.
+pub const SAVE: &str = "/v1/vm/save";
+/// GET: [`crate::status::ExitReport`].
+pub const EXITS: &str = "/v1/vm/exits";
+/// GET: [`crate::migration::MigrationStatus`].
+pub const MIGRATION: &str = "/v1/vm/migration";
+/// POST: asks the current move to end; the guest goes on here.
+pub const CANCEL: &str = "/v1/vm/migration/cancel";
+/// GET: [`crate::VmConfig`].
+pub const CONFIG: &str = "/v1/vm/config";

@@ -1,0 +1,90 @@
+//! What a VM's process tells about itself.
+
+use serde::{Deserialize, Serialize};
+
+use crate::name::VmName;
+
+/// Where a VM is in its life. The transitions are drawn in `dunlin_vmm::lifecycle`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmState {
+    /// Built, not started.
+    Created,
+    /// Waiting for the rest of a guest that arrives from a peer or a file.
+    Incoming,
+    /// The guest runs.
+    Running,
+    /// The guest is stopped and can go on.
+    Paused,
+    /// The guest runs elsewhere now; this process only keeps the report.
+    Moved,
+    /// The connection broke at the hand-over: nobody here knows whether the other side runs the
+    /// guest. It stays paused until somebody decides.
+    InDoubt,
+    /// The guest powered off or was stopped.
+    Stopped,
+}
+
+/// A VM at one moment.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct VmStatus {
+    /// Version of this type, [`crate::VERSION`].
+    pub version: u32,
+    /// Name.
+    pub name: VmName,
+    /// Its process.
+    pub pid: u32,
+    /// State.
+    pub state: VmState,
+    /// Engine that runs it, `soft` or `kvm`.
+    pub engine: String,
+    /// Why that engine, one line.
+    pub engine_reason: String,
+    /// Virtual processors.
+    pub cpus: u32,
+    /// RAM in bytes.
+    pub memory_bytes: u64,
+    /// Milliseconds since this process took the guest.
+    pub uptime_ms: u64,
+    /// Why the VM left `running`, when it did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// How often each kind of exit happened, since the process took the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct ExitCounts {
+    /// IN.
+    pub port_reads: u64,
+    /// OUT.
+    pub port_writes: u64,
+    /// Loads from memory-mapped registers.
+    pub mmio_reads: u64,
+    /// Stores to memory-mapped registers.
+    pub mmio_writes: u64,
+    /// Times a processor halted and waited.
+    pub halts: u64,
+    /// Times a processor was interrupted by its own process.
+    pub kicks: u64,
+    /// Ends of level-triggered interrupts.
+    pub end_of_interrupts: u64,
+    /// Instructions, where the engine counts them.
+    pub instructions: u64,
+}
+
+/// Exits of each processor, and what follows from two looks at them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ExitReport {
+    /// Per virtual processor.
+    pub cpus: Vec<ExitCounts>,
+    /// Length of the look, in milliseconds.
+    pub interval_ms: u64,
+    /// Instructions a second over the look, all processors.
+    pub instructions_per_second: f64,
+    /// Exits a second over the look, all processors.
+    pub exits_per_second: f64,
+    /// Pages a second that the guest and its devices dirtied over the look; absent while a
+    /// migration harvests the log, and while the VM does not run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dirty_pages_per_second: Option<f64>,
+}

@@ -1,0 +1,1 @@
+//! One VM's process: assembly, lifecycle, vCPU loop, HTTP interface, isolation.
