@@ -1,9 +1,19 @@
 //! Disks: the [`Disk`] trait that devices use, and its back ends.
 //!
+//! - [`Disk`]: the contract between a block device and a back end;
+//! - [`RawDisk`]: a file whose bytes are the disk's;
+//! - [`ImageLock`]: which process may write an image, handed over when a VM moves.
+//!
 //! Data flows from a device's worker thread through [`Disk`] to the host's file system. Must not
 //! depend on devices or engines.
 
+mod lock;
+mod raw;
+
 use std::fmt::Debug;
+
+pub use lock::{ImageLock, LockError};
+pub use raw::{DiskMode, RawDisk};
 
 /// Bytes in a sector, the unit of a disk's capacity and of virtio-blk's addresses.
 pub const SECTOR_SIZE: u64 = 512;
@@ -41,6 +51,12 @@ pub enum DiskError {
     /// The disk is read-only.
     #[error("disk is read-only")]
     ReadOnly,
+    /// The image's lock is not held: the VM does not run here, or no longer.
+    #[error("disk \"{path}\" is not locked by this process")]
+    NotOwned {
+        /// The image file.
+        path: String,
+    },
     /// The host failed the access.
     #[error("failed to {action} {length} bytes at {offset}")]
     Io {
@@ -87,4 +103,10 @@ pub trait Disk: Debug + Send {
     /// # Errors
     /// [`DiskError`] when the range, the mode or the host refuses.
     fn discard(&mut self, offset: u64, length: u64) -> Result<(), DiskError>;
+
+    /// Makes `length` bytes from `offset` read as zeros while their space stays reserved.
+    ///
+    /// # Errors
+    /// [`DiskError`] when the range, the mode or the host refuses.
+    fn write_zeroes(&mut self, offset: u64, length: u64) -> Result<(), DiskError>;
 }
