@@ -1,0 +1,1 @@
+//! Tests of configuration space, MSI-X and routing together.
