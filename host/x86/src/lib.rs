@@ -3,5 +3,6 @@
 //! [`state::CpuState`] is what an engine saves and restores, the same for every engine.
 //! This crate knows nothing of ours: guest memory reaches it through [`memory::PhysicalMemory`].
 
+pub mod float;
 pub mod memory;
 pub mod state;

@@ -1,0 +1,11 @@
+//! x87, MMX and SSE: the state and what the instructions do to it.
+//!
+//! [`FloatState`] holds the registers in the layout of FXSAVE, so that saving is a copy and the
+//! host's own instructions can take it as it is.
+
+mod state;
+
+pub use state::{
+    FXSAVE_BYTES, FloatState, FloatStateError, MXCSR_MASK, XCR0_SUPPORTED, XSAVE_BYTES, XSAVE_SSE,
+    XSAVE_X87,
+};
