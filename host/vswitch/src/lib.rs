@@ -3,6 +3,18 @@
 //! A VM's network device holds a [`Port`] and exchanges batches of frames with it; the switch
 //! process owns the other ends. Must not depend on devices, engines or the machine's assembly.
 
+mod announce;
+mod config;
+mod datagram;
+mod poll;
 mod port;
+mod unix_port;
 
-pub use port::{Frame, MAX_FRAME, MacAddress, Port, PortError};
+pub use announce::announcement;
+pub use config::{
+    DhcpConfig, ForwardConfig, GatewayConfig, LearningLimits, PortConfig, PortKind, SwitchConfig,
+    TapConfig, TunnelConfig, TunnelEndpoint, TunnelEndpointError, UnixConfig, VXLAN_PORT, VlanId,
+    VlanIdError, VlanMode,
+};
+pub use port::{Frame, MAX_FRAME, MacAddress, MacAddressError, Port, PortError};
+pub use unix_port::{UnixPort, UnixPortCounters};

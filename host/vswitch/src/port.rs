@@ -2,14 +2,69 @@
 
 use std::fmt;
 use std::os::fd::BorrowedFd;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
 
 /// Largest Ethernet frame that a port carries without its frame check sequence: 1500 bytes of
 /// payload, 14 of header, 4 of VLAN tag. Longer frames are dropped and counted.
 pub const MAX_FRAME: usize = 1518;
 
 /// An Ethernet address.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct MacAddress(pub [u8; 6]);
+
+impl MacAddress {
+    /// All stations.
+    pub const BROADCAST: MacAddress = MacAddress([0xff; 6]);
+
+    /// True for broadcast and multicast addresses: they are never a frame's source.
+    #[must_use]
+    pub fn is_multicast(self) -> bool {
+        self.0[0] & 1 != 0
+    }
+}
+
+/// A text that is not six pairs of hexadecimal digits joined by colons.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("failed to read \"{0}\" as an Ethernet address: six hexadecimal pairs joined by colons")]
+pub struct MacAddressError(String);
+
+impl FromStr for MacAddress {
+    type Err = MacAddressError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let wrong = || MacAddressError(text.chars().take(40).collect());
+        let mut bytes = [0; 6];
+        let mut pairs = text.split(':');
+        for byte in &mut bytes {
+            let pair = pairs.next().ok_or_else(wrong)?;
+            if pair.len() != 2 || !pair.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+                return Err(wrong());
+            }
+            *byte = u8::from_str_radix(pair, 16).ok().ok_or_else(wrong)?;
+        }
+        match pairs.next() {
+            None => Ok(MacAddress(bytes)),
+            Some(_) => Err(wrong()),
+        }
+    }
+}
+
+impl TryFrom<String> for MacAddress {
+    type Error = MacAddressError;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+impl From<MacAddress> for String {
+    fn from(address: MacAddress) -> Self {
+        address.to_string()
+    }
+}
 
 impl fmt::Display for MacAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -63,7 +118,9 @@ pub trait Port: fmt::Debug + Send {
     /// [`PortError`] when the other end is gone.
     fn receive(&mut self, into: &mut Vec<Frame>, limit: usize) -> Result<usize, PortError>;
 
-    /// Readable when `receive` has something to return.
+    /// Readable when `receive` has something to return, and when frames that `send` refused can
+    /// be tried again. After each wake-up call `receive` (it also does the port's own upkeep and
+    /// may return 0), then send what waits.
     fn readiness(&self) -> BorrowedFd<'_>;
 
     /// Tells the switch that `mac` is reachable here from now on (after a move): RARP broadcast.
