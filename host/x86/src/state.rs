@@ -185,6 +185,8 @@ pub struct CpuState {
     /// CLOCK_REALTIME at the moment at which `tsc` was read, in nanoseconds. A destination adds
     /// the time that has passed since, so that the guest's clock does not lose its blackout.
     pub realtime_ns: u64,
+    /// Reading of the paravirtual clock (kvmclock) when the counter read `tsc`, in nanoseconds.
+    pub kvmclock_ns: u64,
     /// Local APIC.
     pub apic: LocalApicState,
     /// Events between instructions.
