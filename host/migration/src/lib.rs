@@ -1,8 +1,33 @@
 //! Moves a running guest between hosts, or between a host and a file.
 //!
-//! The source side walks a [`SourceMachine`], the destination fills a [`DestinationMachine`];
-//! migration sees guest memory, dirty log and saved states, and knows no device and no engine.
+//! - [`Source`] walks a [`SourceMachine`] and sends it; [`Destination`] waits for a guest and
+//!   fills a [`DestinationMachine`];
+//! - [`protocol`]: what both say, with the table of messages;
+//! - [`ownership`]: who owns the guest when, and how that stays true when things break;
+//! - [`transport`]: TCP and unix sockets behind one trait;
+//!
+//! A page flows from the dirty log through a batch, a frame and a socket straight into guest
+//! memory at the other side. Migration sees guest memory, dirty log and saved states, and knows
+//! no device and no engine.
 
+mod destination;
+mod error;
 mod machine;
+mod options;
+pub mod ownership;
+pub mod protocol;
+mod report;
+mod source;
+pub mod transport;
 
+pub use destination::{Arrival, Destination, Witness};
+pub use error::{MigrationError, MigrationFailure, Whereabouts};
 pub use machine::{DestinationMachine, MachineError, SourceMachine};
+pub use options::{
+    CancelToken, DestinationOptions, MigrationOptions, NoConvergence, Progress, Step, Verification,
+};
+pub use ownership::Doubt;
+pub use report::{
+    DestinationReport, MigrationReport, Outcome, RoundKind, RoundReport, SwitchOverReport,
+};
+pub use source::Source;

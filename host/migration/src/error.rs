@@ -1,0 +1,131 @@
+//! Why a guest did not move.
+
+use crate::machine::MachineError;
+use crate::ownership::Doubt;
+use crate::protocol::ProtocolError;
+use crate::report::MigrationReport;
+use crate::transport::TransportError;
+
+/// Why a move, or a save or restore, failed.
+#[derive(Debug, thiserror::Error)]
+pub enum MigrationError {
+    /// The connection failed.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// The peer, or a file, said something that cannot be.
+    #[error(transparent)]
+    Protocol(#[from] ProtocolError),
+    /// The machine failed.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The other side gave up and said why.
+    #[error("the peer gave up: {reason}")]
+    Peer {
+        /// Its words.
+        reason: String,
+    },
+    /// The guest writes faster than can be sent.
+    #[error(
+        "the guest did not converge: after {rounds} rounds {remaining_pages} pages remained, \
+         which take about {predicted_ms:.0} ms to move, more than the limit of {limit_ms:.0} ms"
+    )]
+    DidNotConverge {
+        /// Rounds that were made.
+        rounds: u32,
+        /// Pages that remained.
+        remaining_pages: u64,
+        /// How long a switch-over would have paused the guest.
+        predicted_ms: f64,
+        /// The downtime limit.
+        limit_ms: f64,
+    },
+    /// It was told to stop.
+    #[error("the migration was cancelled")]
+    Cancelled,
+    /// Both sides hashed RAM and found different values.
+    #[error("memory differs after the copy: {source_hash:#x} here, {destination_hash:#x} there")]
+    Verification {
+        /// This side's hash.
+        source_hash: u64,
+        /// The destination's.
+        destination_hash: u64,
+    },
+    /// Nobody can say whether the destination runs the guest.
+    #[error(
+        "the destination was given the guest and does not answer; \
+         the guest stays paused here until someone decides"
+    )]
+    InDoubt,
+    /// The destination cannot take this guest.
+    #[error("this destination cannot take the guest: {reason}")]
+    Refused {
+        /// Why.
+        reason: String,
+    },
+    /// A file could not be read or written.
+    #[error("failed to {action} \"{path}\"")]
+    File {
+        /// What was done.
+        action: &'static str,
+        /// To which file.
+        path: String,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A file ends early or holds more than it should.
+    #[error("\"{path}\" is not a whole saved guest: {reason}")]
+    Incomplete {
+        /// The file.
+        path: String,
+        /// What is missing.
+        reason: String,
+    },
+    /// The host gave no random numbers or no thread.
+    #[error("the host failed to provide {what}")]
+    Host {
+        /// What was asked for.
+        what: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl MigrationError {
+    /// The message with all its causes, for a peer or a report.
+    pub fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut next = std::error::Error::source(self);
+        while let Some(cause) = next {
+            text.push_str(": ");
+            text.push_str(&cause.to_string());
+            next = cause.source();
+        }
+        text
+    }
+}
+
+/// Where the guest is after a move that did not complete.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Whereabouts {
+    /// It runs at the source as before.
+    RunsHere,
+    /// It is at the source, but the machine did not resume: see the error.
+    PausedHere,
+    /// It is paused at the source and may run at the destination.
+    InDoubt(Doubt),
+}
+
+/// A move that did not complete: why, where the guest is, and what was measured until then.
+#[derive(Debug, thiserror::Error)]
+#[error("failed to move the guest")]
+pub struct MigrationFailure {
+    /// Why.
+    #[source]
+    pub error: MigrationError,
+    /// Where the guest is now.
+    pub guest: Whereabouts,
+    /// What was measured.
+    pub report: MigrationReport,
+}

@@ -1,0 +1,367 @@
+//! The control messages: all frames but those of pages.
+
+use dunlin_guest::SavedState;
+use prost::Message as _;
+
+use super::{Kind, ProtocolError};
+
+/// One contiguous range of RAM, as [`dunlin_guest::RamRegion`].
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Region {
+    /// First guest physical address.
+    #[prost(uint64, tag = "1")]
+    pub start: u64,
+    /// Bytes.
+    #[prost(uint64, tag = "2")]
+    pub size: u64,
+    /// RAM offset of the first byte.
+    #[prost(uint64, tag = "3")]
+    pub offset: u64,
+}
+
+/// What the destination must build.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Configuration {
+    /// The machine's own description, opaque here.
+    #[prost(bytes = "vec", tag = "1")]
+    pub machine: Vec<u8>,
+    /// Bytes of RAM.
+    #[prost(uint64, tag = "2")]
+    pub ram_bytes: u64,
+    /// Where RAM lies.
+    #[prost(message, repeated, tag = "3")]
+    pub regions: Vec<Region>,
+    /// 0: no hashes; 1: compared after the hand-over; 2: compared before it.
+    #[prost(uint32, tag = "4")]
+    pub verification: u32,
+}
+
+/// The machine is built and empty.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Ready {
+    /// Names the destination process: 16 bytes, new at each start.
+    #[prost(bytes = "vec", tag = "1")]
+    pub incarnation: Vec<u8>,
+}
+
+/// A round begins.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct RoundBegin {
+    /// Number of the round, from 0.
+    #[prost(uint32, tag = "1")]
+    pub round: u32,
+    /// Pages that will come in it.
+    #[prost(uint64, tag = "2")]
+    pub pages: u64,
+}
+
+/// A round was sent as a whole.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct RoundEnd {
+    /// Number of the round.
+    #[prost(uint32, tag = "1")]
+    pub round: u32,
+    /// Pages with content.
+    #[prost(uint64, tag = "2")]
+    pub pages: u64,
+    /// Pages of zeros.
+    #[prost(uint64, tag = "3")]
+    pub zero_pages: u64,
+}
+
+/// What the destination has in its RAM.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Stored {
+    /// Number of the round.
+    #[prost(uint32, tag = "1")]
+    pub round: u32,
+    /// Pages with content stored in this round.
+    #[prost(uint64, tag = "2")]
+    pub pages: u64,
+    /// Pages of zeros stored in this round.
+    #[prost(uint64, tag = "3")]
+    pub zero_pages: u64,
+    /// Is the round complete?
+    #[prost(bool, tag = "4")]
+    pub complete: bool,
+}
+
+/// Names one switch-over: `SwitchOver`, `Back` and `Commit`.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Attempt {
+    /// Number of the switch-over, from 1.
+    #[prost(uint32, tag = "1")]
+    pub attempt: u32,
+}
+
+/// Everything but RAM.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct States {
+    /// Number of the switch-over.
+    #[prost(uint32, tag = "1")]
+    pub attempt: u32,
+    /// The states.
+    #[prost(message, repeated, tag = "2")]
+    pub states: Vec<SavedState>,
+    /// Does the destination hash its RAM before it answers?
+    #[prost(bool, tag = "3")]
+    pub hash_wanted: bool,
+}
+
+/// The guest could run at the destination.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Prepared {
+    /// Number of the switch-over.
+    #[prost(uint32, tag = "1")]
+    pub attempt: u32,
+    /// Microseconds that restoring took.
+    #[prost(uint64, tag = "2")]
+    pub restore_us: u64,
+    /// Hash of RAM, when it was wanted.
+    #[prost(uint64, optional, tag = "3")]
+    pub hash: Option<u64>,
+}
+
+/// The guest runs at the destination.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Running {
+    /// Microseconds that restoring took.
+    #[prost(uint64, tag = "1")]
+    pub restore_us: u64,
+    /// Microseconds that starting took.
+    #[prost(uint64, tag = "2")]
+    pub start_us: u64,
+    /// Microseconds from `SwitchOver` to the start, by the destination's clock.
+    #[prost(uint64, tag = "3")]
+    pub blackout_us: u64,
+    /// Microseconds of CPU time that the receiving thread took.
+    #[prost(uint64, tag = "4")]
+    pub cpu_us: u64,
+    /// Hash of what was stored, when verification was asked for.
+    #[prost(uint64, optional, tag = "5")]
+    pub hash: Option<u64>,
+}
+
+/// The session is over.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Abort {
+    /// Why.
+    #[prost(string, tag = "1")]
+    pub reason: String,
+}
+
+/// Nothing but a sign of life.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct KeepAlive {
+    /// Non-zero: send it back with zero and the same number.
+    #[prost(uint32, tag = "1")]
+    pub echo: u32,
+    /// Tells one from another.
+    #[prost(uint64, tag = "2")]
+    pub number: u64,
+}
+
+/// Who owns the guest of the connection's session?
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct WhoOwns {
+    /// The destination process that the guest was offered to.
+    #[prost(bytes = "vec", tag = "1")]
+    pub incarnation: Vec<u8>,
+}
+
+/// The answer to [`WhoOwns`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, prost::Enumeration)]
+#[repr(i32)]
+pub enum Answer {
+    /// Not said: never valid.
+    Unsaid = 0,
+    /// The guest runs here.
+    Running = 1,
+    /// The guest is owned here and about to start: ask again.
+    Starting = 2,
+    /// The guest does not run here and never will: a promise.
+    Relinquished = 3,
+    /// Another process than the one that the guest was offered to.
+    Unknown = 4,
+}
+
+/// Who owns the guest.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Ownership {
+    /// The answer.
+    #[prost(enumeration = "Answer", tag = "1")]
+    pub answer: i32,
+    /// As `Running` said or would have said.
+    #[prost(message, optional, tag = "2")]
+    pub running: Option<Running>,
+}
+
+/// One component in a saved guest.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Component {
+    /// As in its saved state.
+    #[prost(string, tag = "1")]
+    pub name: String,
+    /// As in its saved state.
+    #[prost(string, tag = "2")]
+    pub kind: String,
+    /// As in its saved state.
+    #[prost(uint32, tag = "3")]
+    pub version: u32,
+    /// Bytes of its body.
+    #[prost(uint64, tag = "4")]
+    pub bytes: u64,
+}
+
+/// What can be known of a saved guest without reading it.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct FileHeader {
+    /// Seconds since 1970.
+    #[prost(uint64, tag = "1")]
+    pub created: u64,
+    /// Bytes of RAM.
+    #[prost(uint64, tag = "2")]
+    pub ram_bytes: u64,
+    /// Its components.
+    #[prost(message, repeated, tag = "3")]
+    pub components: Vec<Component>,
+}
+
+/// The end of a file.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct End {
+    /// Frames before this one.
+    #[prost(uint64, tag = "1")]
+    pub frames: u64,
+    /// Hash of RAM.
+    #[prost(uint64, tag = "2")]
+    pub hash: u64,
+}
+
+/// A control message, decoded.
+#[derive(Debug, Clone, PartialEq)]
+#[expect(missing_docs, reason = "each variant is the body of the same name")]
+pub enum Message {
+    Configuration(Configuration),
+    Ready(Ready),
+    RoundBegin(RoundBegin),
+    RoundEnd(RoundEnd),
+    Stored(Stored),
+    SwitchOver(Attempt),
+    States(States),
+    Prepared(Prepared),
+    Back(Attempt),
+    Commit(Attempt),
+    Running(Running),
+    Settled,
+    Abort(Abort),
+    KeepAlive(KeepAlive),
+    WhoOwns(WhoOwns),
+    Ownership(Ownership),
+    FileHeader(FileHeader),
+    End(End),
+}
+
+impl Message {
+    /// The kind of frame that carries it.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Configuration(_) => Kind::Configuration,
+            Self::Ready(_) => Kind::Ready,
+            Self::RoundBegin(_) => Kind::RoundBegin,
+            Self::RoundEnd(_) => Kind::RoundEnd,
+            Self::Stored(_) => Kind::Stored,
+            Self::SwitchOver(_) => Kind::SwitchOver,
+            Self::States(_) => Kind::States,
+            Self::Prepared(_) => Kind::Prepared,
+            Self::Back(_) => Kind::Back,
+            Self::Commit(_) => Kind::Commit,
+            Self::Running(_) => Kind::Running,
+            Self::Settled => Kind::Settled,
+            Self::Abort(_) => Kind::Abort,
+            Self::KeepAlive(_) => Kind::KeepAlive,
+            Self::WhoOwns(_) => Kind::WhoOwns,
+            Self::Ownership(_) => Kind::Ownership,
+            Self::FileHeader(_) => Kind::FileHeader,
+            Self::End(_) => Kind::End,
+        }
+    }
+
+    /// Encodes the body.
+    pub fn encode(&self) -> Vec<u8> {
+        match self {
+            Self::Configuration(body) => body.encode_to_vec(),
+            Self::Ready(body) => body.encode_to_vec(),
+            Self::RoundBegin(body) => body.encode_to_vec(),
+            Self::RoundEnd(body) => body.encode_to_vec(),
+            Self::Stored(body) => body.encode_to_vec(),
+            Self::SwitchOver(body) | Self::Back(body) | Self::Commit(body) => body.encode_to_vec(),
+            Self::States(body) => body.encode_to_vec(),
+            Self::Prepared(body) => body.encode_to_vec(),
+            Self::Running(body) => body.encode_to_vec(),
+            Self::Settled => Vec::new(),
+            Self::Abort(body) => body.encode_to_vec(),
+            Self::KeepAlive(body) => body.encode_to_vec(),
+            Self::WhoOwns(body) => body.encode_to_vec(),
+            Self::Ownership(body) => body.encode_to_vec(),
+            Self::FileHeader(body) => body.encode_to_vec(),
+            Self::End(body) => body.encode_to_vec(),
+        }
+    }
+
+    /// Decodes the body of a control frame.
+    ///
+    /// # Errors
+    /// [`ProtocolError`] when it does not decode, or `kind` is a frame of pages.
+    pub fn decode(kind: Kind, body: &[u8]) -> Result<Self, ProtocolError> {
+        fn body_of<T: prost::Message + Default>(
+            kind: Kind,
+            body: &[u8],
+        ) -> Result<T, ProtocolError> {
+            T::decode(body).map_err(|source| ProtocolError::Malformed { kind, source })
+        }
+        Ok(match kind {
+            Kind::Configuration => Self::Configuration(body_of(kind, body)?),
+            Kind::Ready => Self::Ready(body_of(kind, body)?),
+            Kind::RoundBegin => Self::RoundBegin(body_of(kind, body)?),
+            Kind::RoundEnd => Self::RoundEnd(body_of(kind, body)?),
+            Kind::Stored => Self::Stored(body_of(kind, body)?),
+            Kind::SwitchOver => Self::SwitchOver(body_of(kind, body)?),
+            Kind::States => Self::States(body_of(kind, body)?),
+            Kind::Prepared => Self::Prepared(body_of(kind, body)?),
+            Kind::Back => Self::Back(body_of(kind, body)?),
+            Kind::Commit => Self::Commit(body_of(kind, body)?),
+            Kind::Running => Self::Running(body_of(kind, body)?),
+            Kind::Settled if body.is_empty() => Self::Settled,
+            Kind::Settled => return Err(ProtocolError::invalid(kind, "it has a body")),
+            Kind::Abort => Self::Abort(body_of(kind, body)?),
+            Kind::KeepAlive => Self::KeepAlive(body_of(kind, body)?),
+            Kind::WhoOwns => Self::WhoOwns(body_of(kind, body)?),
+            Kind::Ownership => Self::Ownership(body_of(kind, body)?),
+            Kind::FileHeader => Self::FileHeader(body_of(kind, body)?),
+            Kind::End => Self::End(body_of(kind, body)?),
+            Kind::Pages | Kind::ZeroPages => {
+                return Err(ProtocolError::Unexpected {
+                    kind,
+                    state: "a control message was due",
+                });
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn random_bodies_never_panic(kind in proptest::sample::select(Kind::ALL), body in proptest::collection::vec(any::<u8>(), 0..200)) {
+            if let Ok(message) = Message::decode(kind, &body) {
+                prop_assert_eq!(message.kind(), kind);
+                prop_assert_eq!(Message::decode(kind, &message.encode()).unwrap(), message);
+            }
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! The wire protocol of a move, and the format of a saved guest.
+//!
+//! A connection starts with a [`Preamble`] from each side, source first. It is fixed in form and
+//! readable without decoding anything else, so two versions that share nothing more can still
+//! tell each other which they are. Then typed frames follow ([`frame`]): each has a header with
+//! length, kind and sequence number, a CRC-32 of that header, and a CRC-32 of its payload. A
+//! frame out of sequence, out of bounds or out of state ends the session.
+//!
+//! | kind | message | from | when | body |
+//! |---:|---|---|---|---|
+//! | 1 | Configuration | source | first | machine configuration, RAM size and regions, verification |
+//! | 2 | Ready | destination | answer to 1 | who answers (incarnation) |
+//! | 3 | RoundBegin | source | copying, switching | round number, pages to come |
+//! | 4 | Pages | source | within a round | runs of page indices, then the pages ([`runs`]) |
+//! | 5 | ZeroPages | source | within a round | runs of page indices |
+//! | 6 | RoundEnd | source | within a round | number of pages and zero pages sent |
+//! | 7 | Stored | destination | within a round, and answer to 6 while copying | what is stored so far |
+//! | 8 | SwitchOver | source | copying | number of the switch-over; the guest is about to pause |
+//! | 9 | States | source | switching, after the round | saved states, hash of RAM |
+//! | 10 | Prepared | destination | answer to 9 | time to restore, hash of RAM |
+//! | 11 | Back | source | switching, prepared | the guest runs on at the source; copying goes on |
+//! | 12 | Commit | source | prepared | the destination owns the guest |
+//! | 13 | Running | destination | answer to 12 | times, hash of what was stored |
+//! | 14 | Settled | source | answer to 13 or 18 | no question is open; the destination may forget |
+//! | 15 | Abort | both | before 12 | why; the session is over |
+//! | 16 | KeepAlive | both | any time | number; a non-zero echo asks for it back |
+//! | 17 | WhoOwns | source | first, on a connection of kind inquiry | incarnation that was asked to take the guest |
+//! | 18 | Ownership | destination | answer to 17 | running, starting, relinquished, unknown |
+//! | 19 | FileHeader | file | first | what `inspect` shows |
+//! | 20 | End | file | last | how many frames came before |
+//!
+//! A move without trouble:
+//!
+//! ```text
+//! source                               destination
+//!   │ preamble ───────────────────────────▶ │
+//!   │ ◀─────────────────────────── preamble │
+//!   │ Configuration ──────────────────────▶ │ builds the machine
+//!   │ ◀────────────────────────────── Ready │
+//!   │ RoundBegin, Pages…, RoundEnd ───────▶ │ stores
+//!   │ ◀───────────────────────────── Stored │      … again, until what remains fits the limit
+//!   │ SwitchOver ─────────────────────────▶ │
+//!   │ (pauses) RoundBegin … RoundEnd ─────▶ │
+//!   │ States ─────────────────────────────▶ │ restores
+//!   │ ◀─────────────────────────── Prepared │
+//!   │ Commit ─────────────────────────────▶ │ owns the guest, starts it
+//!   │ ◀──────────────────────────── Running │
+//!   │ Settled ────────────────────────────▶ │
+//! ```
+//!
+//! The two state machines are drawn beside their enums, [`crate::source::Phase`] and
+//! [`crate::destination::Stage`]; who owns the guest when, in [`crate::ownership`].
+
+pub mod frame;
+pub mod message;
+pub mod preamble;
+pub mod runs;
+
+pub use frame::{Header, Kind};
+pub use message::Message;
+pub use preamble::{Preamble, Purpose, Token, VERSION};
+
+/// Why what the peer (or a file) said was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ProtocolError {
+    /// The first bytes are not ours.
+    #[error("the peer does not speak Dunlin's migration protocol")]
+    Magic,
+    /// The other side speaks another version.
+    #[error("the peer speaks migration protocol version {theirs}, this build speaks {ours}")]
+    Version {
+        /// The peer's version.
+        theirs: u16,
+        /// This build's version.
+        ours: u16,
+    },
+    /// The other side needs a feature that this build lacks.
+    #[error("the peer requires migration features {unknown:#x} that this build does not have")]
+    Features {
+        /// The unknown feature bits.
+        unknown: u64,
+    },
+    /// The preamble's own fields contradict each other.
+    #[error("the preamble is damaged: {reason}")]
+    Preamble {
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// A checksum does not fit what arrived.
+    #[error("the {part} of frame {sequence} is corrupted")]
+    Checksum {
+        /// `header` or `payload`.
+        part: &'static str,
+        /// Sequence number of the frame.
+        sequence: u64,
+    },
+    /// A frame is missing or came twice.
+    #[error("frame {found} arrived where frame {expected} was due")]
+    Sequence {
+        /// What came.
+        found: u64,
+        /// What had to come.
+        expected: u64,
+    },
+    /// The kind is not in the table.
+    #[error("frame of unknown kind {kind}")]
+    UnknownKind {
+        /// The kind's number.
+        kind: u16,
+    },
+    /// The length is not possible for this kind.
+    #[error("{kind:?} frame of {length} bytes, at most {limit} are allowed")]
+    Length {
+        /// The frame's kind.
+        kind: Kind,
+        /// Its length by its header.
+        length: u64,
+        /// The longest that is accepted.
+        limit: u64,
+    },
+    /// The body does not decode.
+    #[error("{kind:?} message does not decode")]
+    Malformed {
+        /// The message's kind.
+        kind: Kind,
+        /// What the decoder said.
+        #[source]
+        source: prost::DecodeError,
+    },
+    /// A field has a value that cannot be.
+    #[error("{kind:?} message is invalid: {reason}")]
+    Invalid {
+        /// The message's kind.
+        kind: Kind,
+        /// Which field, and what would be valid.
+        reason: String,
+    },
+    /// The message has no place in the present state.
+    #[error("{kind:?} message while {state}")]
+    Unexpected {
+        /// The message's kind.
+        kind: Kind,
+        /// What this side was doing.
+        state: &'static str,
+    },
+}
+
+impl ProtocolError {
+    /// An [`ProtocolError::Invalid`] about a message.
+    pub(crate) fn invalid(kind: Kind, reason: impl Into<String>) -> Self {
+        Self::Invalid {
+            kind,
+            reason: reason.into(),
+        }
+    }
+}

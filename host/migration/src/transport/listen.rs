@@ -1,0 +1,135 @@
+//! Where a destination is reached.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use super::{SocketTransport, Transport, TransportError, socket};
+
+/// A listening socket.
+#[derive(Debug)]
+pub struct Listener {
+    socket: Socket,
+}
+
+#[derive(Debug)]
+enum Socket {
+    Tcp(TcpListener),
+    Unix { listener: UnixListener, path: PathBuf },
+}
+
+impl Listener {
+    /// Listens for TCP connections. Port 0 chooses a free port; see [`Listener::tcp_address`].
+    ///
+    /// # Errors
+    /// [`TransportError::Listen`] when the address cannot be had.
+    pub fn tcp(address: SocketAddr) -> Result<Self, TransportError> {
+        let failed = |source| TransportError::Listen {
+            address: address.to_string(),
+            source,
+        };
+        let listener = TcpListener::bind(address).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        Ok(Self {
+            socket: Socket::Tcp(listener),
+        })
+    }
+
+    /// Listens on a unix socket at `path`, which must not exist; it is removed with the listener.
+    ///
+    /// # Errors
+    /// [`TransportError::Listen`] when the path cannot be had.
+    pub fn unix(path: &Path) -> Result<Self, TransportError> {
+        let failed = |source| TransportError::Listen {
+            address: path.display().to_string(),
+            source,
+        };
+        let listener = UnixListener::bind(path).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        Ok(Self {
+            socket: Socket::Unix {
+                listener,
+                path: path.to_owned(),
+            },
+        })
+    }
+
+    /// The TCP address listened on.
+    pub fn tcp_address(&self) -> Option<SocketAddr> {
+        match &self.socket {
+            Socket::Tcp(listener) => listener.local_addr().ok(),
+            Socket::Unix { .. } => None,
+        }
+    }
+
+    /// The next connection, waiting until `deadline`. `None`: there was none, or it broke off.
+    ///
+    /// # Errors
+    /// [`TransportError::Listen`] when the socket itself fails.
+    pub(crate) fn accept(
+        &self,
+        deadline: Instant,
+    ) -> Result<Option<Box<dyn Transport>>, TransportError> {
+        let failed = |source| TransportError::Listen {
+            address: self.address(),
+            source,
+        };
+        if !socket::wait(self.fd(), libc::POLLIN, deadline).map_err(failed)? {
+            return Ok(None);
+        }
+        let transport = match &self.socket {
+            Socket::Tcp(listener) => listener
+                .accept()
+                .and_then(|(stream, _)| SocketTransport::tcp(stream)),
+            Socket::Unix { listener, path } => listener
+                .accept()
+                .and_then(|(stream, _)| SocketTransport::unix(stream, path.display().to_string())),
+        };
+        match transport {
+            Ok(transport) => Ok(Some(Box::new(transport))),
+            Err(error) if is_fatal(&error) => Err(failed(error)),
+            Err(error) => {
+                tracing::debug!(%error, "a connection broke off before it was accepted");
+                Ok(None)
+            }
+        }
+    }
+
+    fn address(&self) -> String {
+        match &self.socket {
+            Socket::Tcp(listener) => listener
+                .local_addr()
+                .map_or_else(|_| "a TCP socket".to_owned(), |address| address.to_string()),
+            Socket::Unix { path, .. } => path.display().to_string(),
+        }
+    }
+
+    fn fd(&self) -> RawFd {
+        match &self.socket {
+            Socket::Tcp(listener) => listener.as_raw_fd(),
+            Socket::Unix { listener, .. } => listener.as_raw_fd(),
+        }
+    }
+}
+
+/// Is the listening socket itself of no use any more? All else concerns one connection only.
+fn is_fatal(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EBADF | libc::EINVAL | libc::ENOTSOCK)
+    )
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Socket::Unix { path, .. } = &self.socket
+            && let Err(error) = std::fs::remove_file(path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::debug!(%error, path = %path.display(), "left a socket file behind");
+        }
+    }
+}
