@@ -8,4 +8,5 @@ pub mod float;
 pub mod kvmclock;
 pub mod lapic;
 pub mod memory;
+pub mod saved;
 pub mod state;
