@@ -1,0 +1,110 @@
+//! A QEMU guest on the switch's unix port and a Dunlin guest talk to each other.
+
+use std::net::SocketAddrV4;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use dunlin_testbed::client::Connection;
+use dunlin_testbed::guest::{self, TestGuest};
+use dunlin_testbed::hosts::{self, Forward, Testbed, VmSpec};
+use dunlin_testbed::process::{self, Guard};
+use serde_json::json;
+
+const LIMIT: Duration = Duration::from_secs(300);
+
+fn run(connection: &mut Connection, command: &str) -> (i64, String) {
+    let line = connection.ask(&format!("run {command}")).unwrap();
+    let value: serde_json::Value = serde_json::from_str(&line).unwrap();
+    (
+        value["status"].as_i64().unwrap(),
+        value["output"].as_str().unwrap().to_owned(),
+    )
+}
+
+fn start_qemu(guest: &TestGuest, local: &Path, remote: &Path, log: &Path) -> Guard {
+    let log = std::fs::File::create(log).unwrap();
+    let network = format!(
+        "dgram,id=n0,local.type=unix,local.path={},remote.type=unix,remote.path={}",
+        local.display(),
+        remote.display()
+    );
+    let cmdline = "console=ttyS0 quiet dunlin.init=agent dunlin.ip=10.0.2.16/24 \
+                   dunlin.gateway=10.0.2.1 dunlin.load=0,0";
+    Guard::spawn(
+        Command::new("qemu-system-x86_64")
+            .args(["-accel", "tcg", "-machine", "q35", "-m", "256"])
+            .args(["-nodefaults", "-no-reboot", "-display", "none"])
+            .args(["-serial", "stdio", "-append", cmdline])
+            .arg("-kernel")
+            .arg(&guest.elf)
+            .arg("-initrd")
+            .arg(&guest.initramfs)
+            .args(["-netdev", &network])
+            .args(["-device", "virtio-net-pci,netdev=n0,mac=02:00:00:00:00:16"])
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log),
+    )
+    .unwrap()
+}
+
+#[test]
+fn a_qemu_guest_and_a_dunlin_guest_exchange_pings_and_a_stream() {
+    if !process::installed("qemu-system-x86_64") {
+        eprintln!("SKIP: qemu-system-x86_64 is not installed");
+        return;
+    }
+    let (Some(binary), Some(guest)) = (guest::binary(), guest::stock("6.1")) else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let testbed = Testbed::new(&binary, &folder.path().join("bed")).unwrap();
+    let (theirs, ours) = (folder.path().join("q.vm"), folder.path().join("q.switch"));
+    let to_guest = Forward::to_guest(7).unwrap();
+    let to_neighbour = Forward {
+        outside: hosts::free_tcp_port(hosts::FIRST).unwrap(),
+        to: SocketAddrV4::new([10, 0, 2, 16].into(), 7),
+    };
+    let port = json!({"name": "qemu", "kind": {"unix": {"path": ours, "peer": theirs}}});
+    let (mut first, _second) = testbed
+        .two_hosts(&[to_guest, to_neighbour], vec![port])
+        .unwrap();
+    let _neighbour = start_qemu(&guest, &theirs, &ours, &folder.path().join("qemu.log"));
+    first
+        .run(&VmSpec {
+            name: "neighbour".to_owned(),
+            kernel: guest.elf,
+            initramfs: Some(guest.initramfs),
+            cmdline: "console=ttyS0 quiet dunlin.init=agent dunlin.load=0,0".to_owned(),
+            memory: "256M".to_owned(),
+            engine: "soft".to_owned(),
+        })
+        .unwrap();
+    let open = |forward: Forward| {
+        let mut connection = None;
+        process::wait_until("an answer of the guest", LIMIT, || {
+            connection = Connection::probe(hosts::outside(&first, forward.outside)).ok();
+            Ok(connection.is_some())
+        })
+        .unwrap();
+        connection.unwrap()
+    };
+    let (mut here, mut there) = (open(to_guest), open(to_neighbour));
+
+    let (status, output) = run(&mut here, "ping -c 5 -W 5 10.0.2.16");
+    assert_eq!(status, 0, "{output}");
+    assert!(output.contains("5 packets received"), "{output}");
+    let (status, output) = run(&mut there, "ping -c 5 -W 5 10.0.2.15");
+    assert_eq!(status, 0, "{output}");
+    assert!(output.contains("5 packets received"), "{output}");
+
+    let (_, expected) = run(&mut there, "md5sum < /bin/busybox");
+    run(
+        &mut there,
+        "nc -l -p 5001 < /bin/busybox > /dev/null 2>&1 &",
+    );
+    let (status, received) = run(&mut here, "sleep 1; nc 10.0.2.16 5001 < /dev/null | md5sum");
+    assert_eq!(status, 0);
+    assert_eq!(received, expected, "the stream was damaged");
+}
