@@ -6,6 +6,7 @@
 mod announce;
 mod config;
 mod datagram;
+mod forward;
 mod poll;
 mod port;
 mod unix_port;
@@ -15,6 +16,9 @@ pub use config::{
     DhcpConfig, ForwardConfig, GatewayConfig, LearningLimits, PortConfig, PortKind, SwitchConfig,
     TapConfig, TunnelConfig, TunnelEndpoint, TunnelEndpointError, UnixConfig, VXLAN_PORT, VlanId,
     VlanIdError, VlanMode,
+};
+pub use forward::{
+    DropCounters, DropReason, Move, PortCounters, PortId, PortRole, PortRules, StationEntry, Switch,
 };
 pub use port::{Frame, MAX_FRAME, MacAddress, MacAddressError, Port, PortError};
 pub use unix_port::{UnixPort, UnixPortCounters};
