@@ -2,11 +2,18 @@
 //!
 //! [`state::CpuState`] is what an engine saves and restores, the same for every engine.
 //! This crate knows nothing of ours: guest memory reaches it through [`memory::PhysicalMemory`].
+//!
+//! [`Cpu`] is the software CPU. It runs from [`Cpu::run`] until something needs the machine.
 
+pub mod cpu;
 pub mod cpuid;
 pub mod float;
 pub mod kvmclock;
 pub mod lapic;
 pub mod memory;
+mod mmu;
 pub mod saved;
 pub mod state;
+
+pub use cpu::{Cpu, CpuConfig, StateError, Stop};
+pub use mmu::CodeMap;

@@ -116,8 +116,7 @@ impl Header {
             });
         }
         let number = u16::from_le_bytes([bytes[4], bytes[5]]);
-        let kind =
-            Kind::from_number(number).ok_or(ProtocolError::UnknownKind { kind: number })?;
+        let kind = Kind::from_number(number).ok_or(ProtocolError::UnknownKind { kind: number })?;
         let length = word(0);
         if length > kind.max_payload() {
             return Err(ProtocolError::Length {

@@ -98,10 +98,25 @@ mod tests {
 
     #[test]
     fn a_run_outside_of_ram_is_refused() {
-        for (first, count) in [(99, 2), (100, 1), (u64::MAX, 1), (u64::MAX - 1, u32::MAX), (0, 0)] {
+        for (first, count) in [
+            (99, 2),
+            (100, 1),
+            (u64::MAX, 1),
+            (u64::MAX - 1, u32::MAX),
+            (0, 0),
+        ] {
             let mut bytes = Vec::new();
-            encode(&[Run { first: PageIndex(first), count }], &mut bytes);
-            assert!(decode(Kind::Pages, &bytes[4..], 100).is_err(), "{first} {count}");
+            encode(
+                &[Run {
+                    first: PageIndex(first),
+                    count,
+                }],
+                &mut bytes,
+            );
+            assert!(
+                decode(Kind::Pages, &bytes[4..], 100).is_err(),
+                "{first} {count}"
+            );
         }
     }
 

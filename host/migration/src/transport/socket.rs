@@ -39,8 +39,18 @@ impl SocketTransport {
         let fd = stream.as_raw_fd();
         let timeout = TCP_USER_TIMEOUT.as_millis() as libc::c_int;
         set_option(fd, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1)?;
-        set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, TCP_KEEPALIVE_SECONDS)?;
-        set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, TCP_KEEPALIVE_SECONDS)?;
+        set_option(
+            fd,
+            libc::IPPROTO_TCP,
+            libc::TCP_KEEPIDLE,
+            TCP_KEEPALIVE_SECONDS,
+        )?;
+        set_option(
+            fd,
+            libc::IPPROTO_TCP,
+            libc::TCP_KEEPINTVL,
+            TCP_KEEPALIVE_SECONDS,
+        )?;
         set_option(fd, libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, timeout)?;
         Ok(Self {
             socket: Socket::Tcp(stream),
@@ -80,17 +90,15 @@ impl SocketTransport {
                 Ok(count) => return Ok(count),
                 Err(error) => match error.kind() {
                     io::ErrorKind::Interrupted => {}
-                    io::ErrorKind::WouldBlock => {
-                        match wait(self.fd(), events, deadline) {
-                            Ok(true) => {}
-                            Ok(false) => {
-                                return Err(TransportError::TimedOut {
-                                    peer: self.peer.clone(),
-                                });
-                            }
-                            Err(error) => return Err(self.failed(error)),
+                    io::ErrorKind::WouldBlock => match wait(self.fd(), events, deadline) {
+                        Ok(true) => {}
+                        Ok(false) => {
+                            return Err(TransportError::TimedOut {
+                                peer: self.peer.clone(),
+                            });
                         }
-                    }
+                        Err(error) => return Err(self.failed(error)),
+                    },
                     _ => return Err(self.failed(error)),
                 },
             }
@@ -176,7 +184,12 @@ pub(super) fn wait(fd: RawFd, events: libc::c_short, deadline: Instant) -> io::R
     }
 }
 
-fn set_option(fd: RawFd, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
+fn set_option(
+    fd: RawFd,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
     // SAFETY: the option value is an int that lives across the call, and its size is given.
     #[expect(unsafe_code, reason = "std offers none of these options")]
     let result = unsafe {

@@ -1,1 +1,0 @@
-//! Integer arithmetic and logic with two operands, and the moves.
