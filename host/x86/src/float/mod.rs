@@ -3,7 +3,14 @@
 //! [`FloatState`] holds the registers in the layout of FXSAVE, so that saving is a copy and the
 //! host's own instructions can take it as it is.
 
+mod arithmetic;
+mod host;
+mod integer;
+mod lanes;
+mod shuffle;
 mod state;
+mod string;
+mod x87;
 
 pub use state::{
     FXSAVE_BYTES, FloatState, FloatStateError, MXCSR_MASK, XCR0_SUPPORTED, XSAVE_BYTES, XSAVE_SSE,

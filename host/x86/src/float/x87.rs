@@ -1,0 +1,216 @@
+//! x87 and MMX state: what is not arithmetic (SDM vol. 1, chapter 8; environments: 8.1.10).
+
+use super::host::{self, X87Operand, X87Routine};
+use super::state::FloatState;
+
+const EXCEPTIONS: u16 = 0x3f;
+/// Invalid operation, overflow, underflow: those that keep a store from being done.
+const STOPS_STORE: u16 = 0x19;
+
+/// Where the processor stands when an x87 instruction executes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Place {
+    /// Address of the instruction.
+    pub(super) instruction_pointer: u64,
+    /// Address of the memory operand.
+    pub(super) data_pointer: Option<u64>,
+    /// Low 11 bits of the opcode.
+    pub(super) opcode: u16,
+}
+
+/// The layout of an environment in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Layout {
+    /// 28 bytes rather than 14.
+    pub(super) wide: bool,
+    /// Protected and long mode rather than real and virtual-8086 mode.
+    pub(super) protected: bool,
+}
+
+impl Layout {
+    /// Bytes of the environment.
+    pub(super) fn environment_bytes(self) -> usize {
+        if self.wide { 28 } else { 14 }
+    }
+
+    /// Bytes of environment and registers.
+    pub(super) fn save_bytes(self) -> usize {
+        self.environment_bytes() + 80
+    }
+}
+
+/// Room for the largest FNSAVE image.
+pub(super) type SaveImage = [u8; 108];
+
+/// What an arithmetic instruction left.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Outcome {
+    /// RFLAGS after FCOMI and its like.
+    pub(super) flags: u64,
+    /// A store to memory was done.
+    pub(super) stores: bool,
+}
+
+impl FloatState {
+    /// Executes an arithmetic instruction. No exception may be pending.
+    pub(super) fn execute_x87(
+        &mut self,
+        routine: X87Routine,
+        place: Place,
+        operand: &mut X87Operand,
+        flags: u64,
+    ) -> Outcome {
+        let data_pointer = place.data_pointer.unwrap_or(self.data_pointer);
+        let old_flags = self.status & EXCEPTIONS;
+        self.status &= !EXCEPTIONS;
+        let flags = host::x87(routine, self, operand, flags);
+        let raised = self.status & EXCEPTIONS;
+        self.status |= old_flags;
+        self.instruction_pointer = place.instruction_pointer;
+        self.data_pointer = data_pointer;
+        self.opcode = place.opcode;
+        Outcome {
+            flags,
+            stores: raised & !self.control & STOPS_STORE == 0,
+        }
+    }
+
+    /// The tag word as FNSTENV stores it: two bits a physical register.
+    fn full_tags(&self) -> u16 {
+        let top = self.top();
+        (0..8).fold(0, |word, physical| {
+            let tag = if self.tags >> physical & 1 == 0 {
+                3
+            } else {
+                classify(self.st[(physical + 8 - top) & 7])
+            };
+            word | tag << (physical * 2)
+        })
+    }
+
+    fn set_full_tags(&mut self, word: u16) {
+        self.tags = (0..8).fold(0, |tags, physical| {
+            tags | u8::from(word >> (physical * 2) & 3 != 3) << physical
+        });
+    }
+
+    /// FNSTENV: the image; afterwards all exceptions are masked.
+    pub(super) fn store_environment(&mut self, layout: Layout) -> SaveImage {
+        let mut image = [0; 108];
+        let (instruction, data) = (self.instruction_pointer as u32, self.data_pointer as u32);
+        let opcode = u32::from(self.opcode);
+        let mut fields = [
+            u32::from(self.control) | 0xffff_0000,
+            u32::from(self.status) | 0xffff_0000,
+            u32::from(self.full_tags()) | 0xffff_0000,
+            instruction,
+            opcode << 16,
+            data,
+            0xffff_0000,
+        ];
+        if !layout.protected {
+            fields[3] = instruction & 0xffff;
+            fields[4] = instruction >> 16 << 12 | opcode;
+            fields[5] = data & 0xffff;
+            fields[6] = data >> 16 << 12;
+        }
+        let step = if layout.wide { 4 } else { 2 };
+        if !layout.wide && layout.protected {
+            fields[4] = 0;
+        }
+        for (slot, field) in image.chunks_exact_mut(step).zip(fields) {
+            slot.copy_from_slice(&field.to_le_bytes()[..step]);
+        }
+        self.set_control(self.control | EXCEPTIONS);
+        image
+    }
+
+    /// FLDENV, from the first bytes of `image`.
+    pub(super) fn load_environment(&mut self, image: &SaveImage, layout: Layout) {
+        let step = if layout.wide { 4 } else { 2 };
+        let field = |index: usize| {
+            let mut bytes = [0; 4];
+            bytes[..step].copy_from_slice(&image[index * step..(index + 1) * step]);
+            u32::from_le_bytes(bytes)
+        };
+        let status = field(1) as u16;
+        self.rotate_to(usize::from(status >> 11 & 7));
+        self.status = status;
+        self.set_control(field(0) as u16);
+        self.set_full_tags(field(2) as u16);
+        if layout.protected {
+            self.instruction_pointer = u64::from(field(3));
+            self.data_pointer = u64::from(field(5));
+            self.opcode = if layout.wide {
+                (field(4) >> 16) as u16 & 0x7ff
+            } else {
+                0
+            };
+        } else {
+            self.instruction_pointer = u64::from(field(3) & 0xffff | field(4) >> 12 << 16);
+            self.data_pointer = u64::from(field(5) & 0xffff | field(6) >> 12 << 16);
+            self.opcode = field(4) as u16 & 0x7ff;
+        }
+    }
+
+    /// FNSAVE: the image; afterwards the x87 part is as FNINIT leaves it.
+    pub(super) fn store_all(&mut self, layout: Layout) -> SaveImage {
+        let mut image = self.store_environment(layout);
+        let registers = &mut image[layout.environment_bytes()..];
+        for (slot, register) in registers.chunks_exact_mut(10).zip(self.st) {
+            slot.copy_from_slice(&register.to_le_bytes()[..10]);
+        }
+        self.init_x87();
+        image
+    }
+
+    /// FRSTOR.
+    pub(super) fn load_all(&mut self, image: &SaveImage, layout: Layout) {
+        self.load_environment(image, layout);
+        let registers = &image[layout.environment_bytes()..];
+        for (register, slot) in self.st.iter_mut().zip(registers.chunks_exact(10)) {
+            let mut bytes = [0; 16];
+            bytes[..10].copy_from_slice(slot);
+            *register = u128::from_le_bytes(bytes);
+        }
+    }
+
+    /// FNCLEX.
+    pub(super) fn clear_exceptions(&mut self) {
+        self.status &= 0x7f00;
+    }
+
+    /// What every MMX instruction but EMMS does to the x87 state: registers are addressed
+    /// absolutely, and all are in use.
+    pub(super) fn enter_mmx(&mut self) {
+        self.rotate_to(0);
+        self.tags = 0xff;
+    }
+
+    /// An MMX register, after [`Self::enter_mmx`].
+    pub(super) fn mmx(&self, index: usize) -> u64 {
+        self.st[index & 7] as u64
+    }
+
+    /// Writes an MMX register, after [`Self::enter_mmx`].
+    pub(super) fn set_mmx(&mut self, index: usize, value: u64) {
+        self.st[index & 7] = u128::from(value) | 0xffff << 64;
+    }
+
+    /// EMMS.
+    pub(super) fn leave_mmx(&mut self) {
+        self.rotate_to(0);
+        self.tags = 0;
+    }
+}
+
+/// The tag of a register in use: valid, zero or special.
+fn classify(register: u128) -> u16 {
+    let (exponent, mantissa) = (register >> 64 & 0x7fff, register as u64);
+    match (exponent, mantissa) {
+        (0, 0) => 1,
+        (0 | 0x7fff, _) => 2,
+        (_, mantissa) if mantissa >> 63 == 0 => 2,
+        _ => 0,
+    }
+}
