@@ -6,8 +6,12 @@
 
 pub mod bus;
 pub mod component;
+pub mod ioapic;
 pub mod pci;
 pub mod power;
+#[cfg(test)]
+pub(crate) mod recorder;
+pub mod serial;
 
 use std::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
