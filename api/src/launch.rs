@@ -1,7 +1,8 @@
-//! What a parent tells a new VM process, and the one line that it answers.
+//! What a parent tells a new VM process, and the lines that it answers.
 //!
 //! The parent starts `dunlin vm-process SPEC` with [`LaunchSpec`] as JSON in `SPEC`. The process
-//! answers one line of JSON, a [`LaunchReply`], on its standard output and then closes it.
+//! answers lines of JSON, a [`LaunchReply`] each, on its standard output: one when it is ready, one
+//! when the VM has ended, and before both one when it waits for a peer.
 
 use std::path::PathBuf;
 
@@ -9,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{EngineChoice, NetConfig, VmConfig};
 use crate::error::ApiError;
+use crate::migration::Endpoint;
 use crate::name::VmName;
 use crate::status::VmStatus;
 
@@ -38,8 +40,10 @@ pub enum GuestOrigin {
         /// What differs from the saved configuration.
         overrides: Overrides,
     },
-    /// It arrives on the connection that standard input is.
+    /// It arrives from a peer, for which the process waits.
     Peer {
+        /// Where it waits.
+        listen: Endpoint,
         /// What differs from the source's configuration.
         overrides: Overrides,
     },
@@ -87,8 +91,6 @@ pub enum StandardInput {
     Nothing,
     /// A pipe that its parent holds open: at its end the VM stops, unless [`DETACH`] came first.
     Lifeline,
-    /// The connection on which the guest arrives.
-    Connection,
 }
 
 /// The byte that lets the VM process outlive its parent.
@@ -98,10 +100,14 @@ pub const DETACH: u8 = b'd';
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum LaunchReply {
+    /// It waits for a peer at this address.
+    Listening(Endpoint),
     /// It runs, or is ready to.
     Ready(VmStatus),
     /// It could not start and has ended.
     Failed(ApiError),
+    /// It ran and has ended.
+    Ended(VmStatus),
 }
 
 #[cfg(test)]

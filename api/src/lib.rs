@@ -5,7 +5,7 @@
 //! - [`migration`]: asking for a move and following it;
 //! - [`error`]: how a request is refused;
 //! - [`place`]: the runtime directory with one folder and one API socket per VM;
-//! - [`launch`]: what a parent tells a new VM process, and its one line of answer;
+//! - [`launch`]: what a parent tells a new VM process, and what it answers;
 //! - [`probe`], [`snapshot`]: what a host offers, what a saved file holds;
 //! - [`route`]: the paths of the HTTP interface.
 //!

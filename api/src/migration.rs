@@ -86,9 +86,22 @@ pub struct MigrateRequest {
     /// Most rounds of copying while the guest runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_rounds: Option<u32>,
-    /// Compare a hash of all memory at the hand-over (this lengthens the pause).
+    /// Compare hashes of all memory on both sides.
     #[serde(default)]
-    pub verify: bool,
+    pub verify: Verify,
+}
+
+/// Whether and when both sides compare a hash of all RAM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verify {
+    /// Checksums of the stream alone.
+    #[default]
+    Off,
+    /// After the hand-over; costs no pause.
+    After,
+    /// During the pause, before the guest changes hands; the pause grows with RAM.
+    Before,
 }
 
 fn default_downtime() -> u64 {
@@ -103,45 +116,131 @@ pub struct SaveRequest {
     pub to: PathBuf,
 }
 
-/// One round of copying.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
-pub struct RoundReport {
-    /// Pages sent with their bytes.
-    pub pages: u64,
-    /// Pages sent as "all zero".
-    pub zero_pages: u64,
-    /// Bytes sent.
-    pub bytes: u64,
-    /// Milliseconds that it took.
-    pub duration_ms: f64,
-    /// Pages dirtied while it ran.
-    pub dirtied_pages: u64,
-    /// Bytes a second.
-    pub bytes_per_second: f64,
+/// How a move ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// The guest runs at the source; the move failed.
+    #[default]
+    Failed,
+    /// The guest runs at the destination.
+    Moved,
+    /// The guest runs at the source; what remained never fitted the downtime limit.
+    DidNotConverge,
+    /// The guest runs at the source; the move was cancelled.
+    Cancelled,
+    /// The guest is paused at the source; it may run at the destination.
+    InDoubt,
 }
 
-/// What a finished move was.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-pub struct MigrationReport {
-    /// Where it went.
-    pub to: String,
-    /// Rounds, the one at the hand-over last.
-    pub rounds: Vec<RoundReport>,
-    /// From the request to the confirmation of the destination, in milliseconds.
-    pub total_ms: f64,
-    /// From the guest's last instruction here to its first there, as far as both sides can tell.
-    pub downtime_ms: f64,
-    /// The limit that was asked for.
-    pub downtime_limit_ms: u64,
-    /// Bytes sent, all of them.
-    pub bytes_sent: u64,
-    /// RAM of the guest.
-    pub ram_bytes: u64,
-    /// Did a hash of all memory match on both sides? Absent when not asked for.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub memory_verified: Option<bool>,
-    /// Processor seconds that this process spent meanwhile, the guest's included.
+/// Was the guest running during a round?
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RoundKind {
+    /// It ran.
+    #[default]
+    Live,
+    /// It was paused, and then moved.
+    Final,
+    /// It was paused, and then ran on here.
+    TakenBack,
+}
+
+/// One pass over pages that the destination lacked.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct RoundReport {
+    /// Number of the round, from 0.
+    pub round: u32,
+    /// Was the guest running?
+    pub kind: RoundKind,
+    /// Pages sent with their content.
+    pub pages: u64,
+    /// Pages sent as zero.
+    pub zero_pages: u64,
+    /// Bytes on the wire.
+    pub bytes: u64,
+    /// When it began, counted from the start of the move, in milliseconds.
+    pub start_ms: f64,
+    /// Until the destination confirmed that it has stored the round, in milliseconds.
+    pub duration_ms: f64,
+    /// Bytes a second, as confirmed by the destination.
+    pub goodput: f64,
+    /// Pages that the guest wrote meanwhile.
+    pub dirtied_pages: u64,
+    /// Bytes a second that the guest dirtied meanwhile, counted in whole pages.
+    pub dirty_rate: f64,
+}
+
+/// Where the time of a switch-over went at the source, in milliseconds from the pause.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct SwitchOverReport {
+    /// vCPUs and devices had stopped.
+    pub stopped_ms: f64,
+    /// States were saved and the last pages known.
+    pub saved_ms: f64,
+    /// The last byte was handed to the kernel.
+    pub sent_ms: f64,
+    /// The destination had restored everything.
+    pub prepared_ms: f64,
+    /// The destination's word that the guest runs had arrived.
+    pub running_ms: f64,
+    /// Bytes of states.
+    pub state_bytes: u64,
+}
+
+/// What the destination measured.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct DestinationReport {
+    /// Giving every component its state, in milliseconds.
+    pub restore_ms: f64,
+    /// Starting the guest, in milliseconds.
+    pub start_ms: f64,
+    /// From the announcement of the pause to the start, in milliseconds.
+    pub blackout_ms: f64,
+    /// Processor time of the receiving thread, in seconds.
     pub cpu_seconds: f64,
+}
+
+/// Everything measured in one attempt to move a guest: what `dunlin_migration` reports.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct MigrationReport {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// `tcp` or `unix`.
+    pub transport: String,
+    /// Bytes of the guest's RAM.
+    pub ram_bytes: u64,
+    /// The rounds, in order; the last one of a completed move ran while the guest was paused.
+    pub rounds: Vec<RoundReport>,
+    /// Switch-overs that were taken back because they would have missed the downtime limit.
+    pub switch_overs_aborted: u32,
+    /// Each pause of a switch-over that was taken back, in milliseconds.
+    pub aborted_pauses_ms: Vec<f64>,
+    /// From the start to the end, in milliseconds.
+    pub total_ms: f64,
+    /// The downtime limit that was asked for, in milliseconds.
+    pub downtime_limit_ms: f64,
+    /// When the pause of the switch-over began, in milliseconds from the start.
+    pub paused_at_ms: Option<f64>,
+    /// From the pause until the destination's word that the guest runs, in milliseconds.
+    pub blackout_ms: Option<f64>,
+    /// The parts of the blackout.
+    pub switch_over: Option<SwitchOverReport>,
+    /// What the destination measured.
+    pub destination: Option<DestinationReport>,
+    /// All bytes written to the connection.
+    pub bytes_sent: u64,
+    /// Pages sent with their content; a page sent in two rounds counts twice.
+    pub pages: u64,
+    /// Pages sent as zero.
+    pub zero_pages: u64,
+    /// Processor time of the sending thread, in seconds.
+    pub cpu_seconds: f64,
+    /// Whether the hashes of RAM were equal, when verification was asked for.
+    pub verified: Option<bool>,
+    /// Hash of RAM at the hand-over, in hexadecimal, when verification was asked for.
+    pub ram_hash: Option<String>,
 }
 
 /// Where a move is.
@@ -150,9 +249,13 @@ pub struct MigrationReport {
 pub enum MigrationPhase {
     /// There was none.
     None,
+    /// Reaching the destination, which builds the machine.
+    Connecting,
     /// Rounds while the guest runs.
     Copying,
     /// The guest is paused and the rest goes over.
+    SwitchingOver,
+    /// The guest was given away; the destination has not said yet that it runs.
     HandingOver,
     /// The destination runs the guest.
     Done,
@@ -169,17 +272,15 @@ pub enum MigrationPhase {
 pub struct MigrationStatus {
     /// Phase.
     pub phase: MigrationPhase,
-    /// Round now, from 1.
+    /// Round now, from 0.
     pub round: u32,
-    /// Pages of RAM.
-    pub total_pages: u64,
-    /// Pages that this round still has to send.
-    pub remaining_pages: u64,
+    /// Pages in this round.
+    pub pages_total: u64,
+    /// Pages done in this round.
+    pub pages_done: u64,
     /// Bytes sent so far.
     pub bytes_sent: u64,
-    /// Bytes a second, lately.
-    pub bytes_per_second: f64,
-    /// The report, once done.
+    /// The report, once over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub report: Option<MigrationReport>,
     /// Why it failed.
@@ -193,10 +294,9 @@ impl MigrationStatus {
         Self {
             phase: MigrationPhase::None,
             round: 0,
-            total_pages: 0,
-            remaining_pages: 0,
+            pages_total: 0,
+            pages_done: 0,
             bytes_sent: 0,
-            bytes_per_second: 0.0,
             report: None,
             error: None,
         }
@@ -206,7 +306,10 @@ impl MigrationStatus {
     pub fn is_over(&self) -> bool {
         !matches!(
             self.phase,
-            MigrationPhase::Copying | MigrationPhase::HandingOver
+            MigrationPhase::Connecting
+                | MigrationPhase::Copying
+                | MigrationPhase::SwitchingOver
+                | MigrationPhase::HandingOver
         )
     }
 }

@@ -1,0 +1,93 @@
+//! What can be typed. No behaviour: commands get plain values.
+
+mod guest;
+mod moves;
+mod switch;
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use dunlin_api::VmName;
+
+pub use guest::{DiskArgument, NetArgument, OnRebootArgument, RestoreArgs, RunArgs};
+pub use moves::{MigrateArgs, ReceiveArgs, SaveArgs};
+pub use switch::SwitchArgs;
+
+/// Runs, connects and moves virtual machines.
+#[derive(Debug, Parser)]
+#[command(
+    name = "dunlin",
+    version,
+    max_term_width = 100,
+    arg_required_else_help = true
+)]
+pub struct Arguments {
+    /// Print the result as one JSON object on standard output
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Boot a VM; its serial console is this terminal until Ctrl-] detaches
+    Run(Box<RunArgs>),
+    /// List the VMs of this runtime directory
+    Ps,
+    /// Attach to a VM's serial console; Ctrl-] detaches
+    Console(NameArgs),
+    /// Stop a VM's processors until "resume"
+    Pause(NameArgs),
+    /// Let a paused VM go on
+    Resume(NameArgs),
+    /// Save a VM to a file; the VM stays paused
+    Save(SaveArgs),
+    /// Run a VM that was saved to a file
+    Restore(RestoreArgs),
+    /// Move a running VM to a place where "receive" waits
+    Migrate(MigrateArgs),
+    /// Wait for VMs that move here, and run them
+    Receive(ReceiveArgs),
+    /// End a VM
+    Stop(StopArgs),
+    /// Show a VM's status, exits, dirty rate and last move; or what a saved file holds
+    Inspect(InspectArgs),
+    /// Run a virtual switch
+    Switch(SwitchArgs),
+    /// Show what this host's processor, kernel and devices offer
+    Probe,
+    /// Be the process of one VM; started by the other commands
+    #[command(hide = true)]
+    VmProcess {
+        /// The launch specification, as JSON
+        spec: String,
+    },
+}
+
+/// A VM by name.
+#[derive(Debug, Args)]
+pub struct NameArgs {
+    /// The VM's name
+    pub name: VmName,
+}
+
+/// Arguments of `stop`.
+#[derive(Debug, Args)]
+pub struct StopArgs {
+    /// The VM's name
+    pub name: VmName,
+    /// End the process by force, whatever it is doing
+    #[arg(long)]
+    pub kill: bool,
+}
+
+/// Arguments of `inspect`.
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// A VM's name, or a saved file (with a slash, or an existing file that no VM is named like)
+    #[arg(value_name = "NAME|FILE")]
+    pub what: PathBuf,
+}

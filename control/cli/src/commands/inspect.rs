@@ -1,0 +1,154 @@
+//! `inspect`: a VM's status, exits, dirty rate and last move; or what a saved file holds.
+
+use std::path::Path;
+
+use dunlin_api::migration::{MigrationPhase, MigrationStatus};
+use dunlin_api::size::display_size;
+use dunlin_api::snapshot::SnapshotReport;
+use dunlin_api::status::{ExitReport, VmStatus};
+use dunlin_api::{VmConfig, VmName, route};
+use serde_json::json;
+
+use super::migrate::describe as describe_move;
+use super::ps::display_state;
+use crate::client::Client;
+use crate::error::CliError;
+use crate::host::Host;
+use crate::printer::{Printer, display_milliseconds, table};
+
+/// Inspects a VM or a file.
+pub(super) async fn inspect(
+    what: &Path,
+    printer: &Printer,
+    host: &dyn Host,
+) -> Result<(), CliError> {
+    let name = what.to_str().and_then(|text| text.parse::<VmName>().ok());
+    if let Some(name) = name {
+        match vm(&name, printer).await {
+            Err(CliError::NoSuchVm { .. }) if what.exists() => {}
+            other => return other,
+        }
+    }
+    let report = host.describe_snapshot(what)?;
+    printer.result(&report, || describe_snapshot(&report));
+    Ok(())
+}
+
+async fn vm(name: &VmName, printer: &Printer) -> Result<(), CliError> {
+    let client = Client::new(name);
+    let status: VmStatus = client.get(route::VM).await?;
+    let config: VmConfig = client.get(route::CONFIG).await?;
+    let exits: ExitReport = client.get(route::EXITS).await?;
+    let migration: MigrationStatus = client.get(route::MIGRATION).await?;
+    let value =
+        json!({ "status": status, "config": config, "exits": exits, "migration": migration });
+    printer.result(&value, || {
+        format!(
+            "{}{}{}",
+            describe_status(&status, &config),
+            describe_exits(&exits),
+            describe_migration(&migration)
+        )
+    });
+    Ok(())
+}
+
+fn describe_status(status: &VmStatus, config: &VmConfig) -> String {
+    let mut rows = vec![
+        vec!["name".into(), status.name.to_string()],
+        vec!["state".into(), display_state(status.state).into()],
+        vec![
+            "engine".into(),
+            format!("{} ({})", status.engine, status.engine_reason),
+        ],
+        vec!["processors".into(), status.cpus.to_string()],
+        vec!["memory".into(), display_size(status.memory_bytes)],
+        vec!["uptime".into(), display_milliseconds(status.uptime_ms)],
+        vec!["pid".into(), status.pid.to_string()],
+    ];
+    for disk in &config.disks {
+        let mode = if disk.read_only { " (read-only)" } else { "" };
+        rows.push(vec![
+            "disk".into(),
+            format!("{}{mode}", disk.path.display()),
+        ]);
+    }
+    for (net, mac) in config.nets.iter().zip(config.macs()) {
+        rows.push(vec![
+            "net".into(),
+            format!("{mac} on {}", net.switch.display()),
+        ]);
+    }
+    if let Some(reason) = &status.reason {
+        rows.push(vec!["reason".into(), reason.clone()]);
+    }
+    table(&rows)
+}
+
+fn describe_exits(report: &ExitReport) -> String {
+    let sum = |pick: fn(&dunlin_api::status::ExitCounts) -> u64| {
+        report.cpus.iter().map(pick).sum::<u64>().to_string()
+    };
+    let mut rows = vec![
+        vec!["port reads".into(), sum(|exits| exits.port_reads)],
+        vec!["port writes".into(), sum(|exits| exits.port_writes)],
+        vec!["mmio reads".into(), sum(|exits| exits.mmio_reads)],
+        vec!["mmio writes".into(), sum(|exits| exits.mmio_writes)],
+        vec!["halts".into(), sum(|exits| exits.halts)],
+        vec!["kicks".into(), sum(|exits| exits.kicks)],
+        vec![
+            "ends of interrupt".into(),
+            sum(|exits| exits.end_of_interrupts),
+        ],
+        vec!["instructions".into(), sum(|exits| exits.instructions)],
+        vec!["exits/s".into(), format!("{:.0}", report.exits_per_second)],
+        vec![
+            "instructions/s".into(),
+            format!("{:.0}", report.instructions_per_second),
+        ],
+    ];
+    if let Some(rate) = report.dirty_pages_per_second {
+        let bytes = display_size((rate * 4096.0) as u64);
+        rows.push(vec![
+            "dirty pages/s".into(),
+            format!("{rate:.0} ({bytes}/s)"),
+        ]);
+    }
+    table(&rows)
+}
+
+fn describe_migration(status: &MigrationStatus) -> String {
+    if status.phase == MigrationPhase::None {
+        return String::new();
+    }
+    let mut text = format!("last move: {:?}\n", status.phase).to_lowercase();
+    if let Some(error) = &status.error {
+        text.push_str(&format!("  {error}\n"));
+    }
+    if let Some(report) = &status.report {
+        text.push_str(&describe_move(report));
+    }
+    text
+}
+
+fn describe_snapshot(report: &SnapshotReport) -> String {
+    let config = &report.config;
+    let mut rows = vec![
+        vec!["name".into(), config.name.to_string()],
+        vec!["processors".into(), config.cpus.to_string()],
+        vec!["memory".into(), display_size(config.memory_bytes)],
+        vec!["file".into(), display_size(report.file_bytes)],
+    ];
+    for component in &report.components {
+        rows.push(vec![
+            component.name.clone(),
+            format!(
+                "{} version {}, {}",
+                component.kind,
+                component.version,
+                display_size(component.bytes)
+            ),
+        ]);
+    }
+    table(&rows)
+}
