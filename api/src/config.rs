@@ -243,7 +243,7 @@ impl VmConfig {
             });
         }
         let bytes = self.memory_bytes;
-        if !(MIN_MEMORY..=MAX_MEMORY).contains(&bytes) || bytes % 4096 != 0 {
+        if !(MIN_MEMORY..=MAX_MEMORY).contains(&bytes) || !bytes.is_multiple_of(4096) {
             return Err(ConfigError::Memory {
                 name: name(),
                 bytes,

@@ -48,9 +48,7 @@ pub fn parse_size(text: &str) -> Result<u64, QuantityError> {
     let too_large = || QuantityError::TooLarge {
         text: text.to_owned(),
     };
-    let number: u64 = digits
-        .parse()
-        .map_err(|_: std::num::ParseIntError| too_large())?;
+    let number: u64 = digits.parse().ok().ok_or_else(too_large)?;
     number.checked_mul(1 << shift).ok_or_else(too_large)
 }
 

@@ -1,9 +1,9 @@
 //! `pause`, `resume`, `stop`.
 
-use std::time::Duration;
 
 use dunlin_api::status::VmStatus;
 use dunlin_api::{VmName, route};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, PidfdFlags, Signal};
 use serde_json::json;
 
@@ -56,11 +56,16 @@ pub(super) async fn wait_for_end(pid: u32) {
     let Some(process) = open() else {
         return;
     };
-    if let Ok(process) =
-        tokio::io::unix::AsyncFd::register_with_interest(process, tokio::io::Interest::READABLE)
-    {
-        let _too_long = tokio::time::timeout(Duration::from_secs(10), process.readable()).await;
-    }
+    let waiting = tokio::task::spawn_blocking(move || {
+        let mut process = [PollFd::new(&process, PollFlags::IN)];
+        let limit = Timespec {
+            tv_sec: 10,
+            tv_nsec: 0,
+        };
+        rustix::event::poll(&mut process, Some(&limit))
+    });
+    // Whether it ended or took too long: the caller goes on.
+    let _outcome = waiting.await;
 }
 
 /// Ends the process whatever it does. The process is the one that listens on the VM's socket,
