@@ -1,10 +1,12 @@
 //! Engines that run a guest's processors.
 //!
-//! [`Vm`] and [`Vcpu`] are what the machine's loop sees; `soft` runs the software CPU of
-//! `dunlin-x86`, `kvm` runs the host's processor. The engine runs the CPU and reports each access
-//! that is not RAM as an [`Exit`]; it never calls a device, and a device never learns which engine
-//! runs. Must not depend on devices, migration or the machine's assembly.
+//! [`Vm`] and [`Vcpu`] are what the machine's loop sees; [`soft`] runs the software CPU of
+//! `dunlin-x86`, `kvm` runs the host's processor, `probe` tells what this host offers and
+//! chooses. The engine runs the CPU and reports each access that is not RAM as an [`Exit`]; it never
+//! calls a device, and a device never learns which engine runs. Must not depend on devices,
+//! migration or the machine's assembly.
 
+pub mod soft;
 mod traits;
 
 pub use traits::{Engine, EngineError, Exit, Vcpu, VcpuExitCounts, VcpuHandle, VcpuId, Vm};

@@ -7,7 +7,7 @@
 //! move, and neither ever goes back. A [`KvmClock`] belongs to a processor and writes the line
 //! into the page that the guest chose.
 
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::memory::PhysicalMemory;
@@ -53,6 +53,8 @@ pub struct GuestClock {
     /// The guest's TSC at which the paravirtual clock read `origin_ns`.
     origin_tsc: AtomicU64,
     origin_ns: AtomicU64,
+    /// It was set from a saved moment before.
+    resumed: AtomicBool,
 }
 
 /// A moment as a VM's clock saw it, to be saved.
@@ -79,6 +81,7 @@ impl GuestClock {
             offset: AtomicU64::new(0),
             origin_tsc: AtomicU64::new(0),
             origin_ns: AtomicU64::new(0),
+            resumed: AtomicBool::new(false),
         };
         clock.set_tsc(host_tsc(), 0);
         clock
@@ -142,9 +145,9 @@ impl GuestClock {
 
     /// Goes on from a saved moment: what passed since by CLOCK_REALTIME has passed for the guest
     /// too, never less than nothing. Call it while the VM's processors are stopped. Processors
-    /// were saved one after the other: a moment that differs by less than a second from what the
-    /// clock would say is taken as the same moment, so that their counters stay one. (Readings of
-    /// CLOCK_REALTIME on two hosts differ by what their clocks do, so compare no closer.)
+    /// were saved one after the other: after the first, a moment that differs by less than a second
+    /// from what the clock says is taken as the same, so that their counters stay one. (Readings
+    /// of CLOCK_REALTIME on two hosts differ by what their clocks do, so compare no closer.)
     ///
     /// # Errors
     /// [`FrequencyError`] for a frequency that cannot be; nothing has changed then.
@@ -157,9 +160,16 @@ impl GuestClock {
         let ticks = (u128::from(passed) * u128::from(saved.tsc_khz) / 1_000_000) as u64;
         let tsc = saved.tsc.wrapping_add(ticks);
         let second = saved.tsc_khz.saturating_mul(1000);
-        let same_line = self.kvmclock_ns(saved.tsc).abs_diff(saved.kvmclock_ns) < 1_000_000_000;
-        if self.tsc_khz() == saved.tsc_khz && same_line && self.tsc_at(host).abs_diff(tsc) < second
-        {
+        let line_tsc = self.tsc_at(host);
+        let same_moment = self.resumed.swap(true, Ordering::Relaxed)
+            && self.tsc_khz() == saved.tsc_khz
+            && self.kvmclock_ns(saved.tsc).abs_diff(saved.kvmclock_ns) < 1_000_000_000
+            && line_tsc.abs_diff(tsc) < second;
+        if same_moment {
+            // The line may still be behind what this processor has shown already.
+            if line_tsc < saved.tsc {
+                self.set_tsc(host, saved.tsc);
+            }
             return Ok(());
         }
         let ratio = (u128::from(saved.tsc_khz) << RATIO_BITS) / u128::from(self.host_khz);
@@ -453,7 +463,7 @@ mod tests {
 
     #[test]
     fn a_second_processor_does_not_move_the_clock() {
-        let moment = host_moment().1;
+        let moment = host_moment().1 - 100_000_000;
         let saved = ClockReading {
             tsc: 1 << 50,
             tsc_khz: 2_000_000,
@@ -473,6 +483,23 @@ mod tests {
             })
             .unwrap();
         assert_eq!(clock.offset.load(Ordering::Relaxed), offset);
+    }
+
+    #[test]
+    fn a_processor_saved_later_never_sees_its_counter_go_back() {
+        // The destination's CLOCK_REALTIME is behind: no time seems to have passed.
+        let realtime_ns = host_moment().1 + 3_600_000_000_000;
+        let clock = GuestClock::new(2_000_000);
+        for tsc in [1_000, 500_000_000] {
+            let saved = ClockReading {
+                tsc,
+                tsc_khz: 2_000_000,
+                kvmclock_ns: tsc / 2,
+                realtime_ns,
+            };
+            clock.resume(&saved).unwrap();
+            assert!(clock.tsc() >= tsc);
+        }
     }
 
     #[test]

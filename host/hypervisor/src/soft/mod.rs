@@ -1,0 +1,146 @@
+//! The engine that runs the software CPU: no hardware support and no privilege needed.
+//!
+//! [`SoftVm`] owns what its processors share: RAM with its dirty log (which every store marks, so
+//! that dirty tracking has nothing to switch on or collect), the clock, the doorbells, and the
+//! router between their local APICs.
+
+mod frequency;
+mod memory;
+mod router;
+mod vcpu;
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use dunlin_guest::{Doorbell, Memory, MsiSink};
+use dunlin_x86::cpuid::Baseline;
+use dunlin_x86::kvmclock::GuestClock;
+use dunlin_x86::memory::PhysicalMemory;
+use dunlin_x86::{CodeMap, Cpu, CpuConfig};
+use vmm_sys_util::eventfd::EventFd;
+
+pub use frequency::host_tsc_khz;
+
+use crate::{Engine, EngineError, Vcpu, VcpuId, Vm};
+use memory::GuestRam;
+use router::Router;
+use vcpu::SoftVcpu;
+
+pub(crate) const ENGINE: &str = "soft";
+
+/// Addresses at which a store only rings.
+#[derive(Debug, Default)]
+struct Doorbells(RwLock<HashMap<u64, Arc<EventFd>>>);
+
+impl Doorbells {
+    /// Rings the doorbell at `address`; false when there is none, or it cannot be rung.
+    fn ring(&self, address: u64) -> bool {
+        let events = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        // An EventFd whose counter is full has rung already; the device sees the plain store.
+        events
+            .get(&address)
+            .is_some_and(|event| event.write(1).is_ok())
+    }
+}
+
+/// A VM on the software CPU.
+#[derive(Debug)]
+pub struct SoftVm {
+    ram: Arc<dyn PhysicalMemory>,
+    baseline: &'static Baseline,
+    clock: Arc<GuestClock>,
+    code: Arc<CodeMap>,
+    router: Arc<Router>,
+    doorbells: Arc<Doorbells>,
+    /// Which processors were made, by ID.
+    made: Box<[AtomicBool]>,
+}
+
+impl SoftVm {
+    /// A VM with `cpus` processors of `baseline` over `memory`. Its TSC starts at 0 now.
+    pub fn new(memory: &Memory, baseline: &'static Baseline, cpus: u32) -> Self {
+        Self {
+            ram: Arc::new(GuestRam(memory.clone())),
+            baseline,
+            clock: Arc::new(GuestClock::new(host_tsc_khz())),
+            code: Arc::new(CodeMap::new()),
+            router: Arc::new(Router::new(cpus)),
+            doorbells: Arc::default(),
+            made: (0..cpus).map(|_| AtomicBool::new(false)).collect(),
+        }
+    }
+}
+
+impl Vm for SoftVm {
+    fn engine(&self) -> Engine {
+        Engine::Soft
+    }
+
+    fn create_vcpu(&self, id: VcpuId) -> Result<Box<dyn Vcpu>, EngineError> {
+        let refused = |reason: String| EngineError::InvalidState { vcpu: id.0, reason };
+        let (Some(made), Some(mailbox)) = (self.made.get(id.0 as usize), self.router.mailbox(id.0))
+        else {
+            return Err(refused(format!("the VM has {} vCPUs", self.made.len())));
+        };
+        if made.swap(true, Ordering::Relaxed) {
+            return Err(refused("it exists already".to_owned()));
+        }
+        let config = CpuConfig {
+            id: id.0,
+            cpus: self.made.len() as u32,
+            baseline: self.baseline,
+            clock: Arc::clone(&self.clock),
+            code: Arc::clone(&self.code),
+        };
+        let cpu = Cpu::new(
+            config,
+            Arc::clone(&self.ram),
+            Arc::clone(mailbox),
+            self.router.clone(),
+        );
+        Ok(Box::new(SoftVcpu::new(
+            id,
+            cpu,
+            Arc::clone(mailbox),
+            Arc::clone(&self.doorbells),
+        )))
+    }
+
+    fn msi_sink(&self) -> Arc<dyn MsiSink> {
+        self.router.clone()
+    }
+
+    fn add_doorbell(&self, doorbell: &Doorbell) -> Result<(), EngineError> {
+        let event = Arc::clone(&doorbell.event);
+        let mut events = self
+            .doorbells
+            .0
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        events.insert(doorbell.address, event);
+        Ok(())
+    }
+
+    fn remove_doorbell(&self, doorbell: &Doorbell) -> Result<(), EngineError> {
+        let mut events = self
+            .doorbells
+            .0
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        events.remove(&doorbell.address);
+        Ok(())
+    }
+
+    fn start_dirty_tracking(&self) -> Result<(), EngineError> {
+        Ok(())
+    }
+
+    fn collect_dirty(&self) -> Result<(), EngineError> {
+        Ok(())
+    }
+
+    fn stop_dirty_tracking(&self) -> Result<(), EngineError> {
+        Ok(())
+    }
+}
