@@ -12,6 +12,7 @@ pub mod power;
 #[cfg(test)]
 pub(crate) mod recorder;
 pub mod serial;
+pub mod virtio;
 
 use std::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
