@@ -4,6 +4,7 @@
 //! `dunlin_guest::MsiSink`; data flows to `dunlin_storage` and `dunlin_vswitch`. A device never
 //! learns which engine runs the CPU. Must not depend on engines, migration or assembly.
 
+pub mod acpi;
 pub mod bus;
 pub mod component;
 pub mod ioapic;

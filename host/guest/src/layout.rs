@@ -1,7 +1,7 @@
 //! The guest physical address map, the same for every engine.
 //!
 //! ```text
-//! 0x0000_0000 ─ RAM (up to 3 GiB)
+//! 0x0000_0000 ─ RAM (up to 3 GiB); 0xA_0000 to 0x10_0000 is kept for ACPI tables (from 0xE_0000)
 //! 0xC000_0000 ─ 32-bit window for PCI memory BARs
 //! 0xE000_0000 ─ PCI Express ECAM, 256 buses
 //! 0xFEC0_0000 ─ I/O APIC
@@ -10,6 +10,15 @@
 //! 0x80_0000_0000 ─ 64-bit window for PCI memory BARs
 //! ```
 
+/// End of conventional memory. From here to [`LEGACY_HOLE_END`] a guest expects no usable RAM
+/// (PC convention: video memory, option ROMs, firmware).
+pub const LEGACY_HOLE_START: u64 = 0xa_0000;
+/// End of the hole for legacy devices: 1 MiB.
+pub const LEGACY_HOLE_END: u64 = 0x10_0000;
+/// The ACPI tables, the root pointer first; where PC firmware has it too.
+pub const ACPI_TABLES_START: u64 = 0xe_0000;
+/// Bytes for the ACPI tables.
+pub const ACPI_TABLES_SIZE: u64 = LEGACY_HOLE_END - ACPI_TABLES_START;
 /// First guest physical address above low RAM: RAM beyond it continues at [`HIGH_RAM_START`].
 pub const LOW_RAM_END: u64 = 0xc000_0000;
 /// Where RAM that does not fit below [`LOW_RAM_END`] continues.
