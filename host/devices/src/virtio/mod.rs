@@ -12,7 +12,7 @@
 
 pub mod block;
 mod chain;
-// pub mod console;
+pub mod console;
 mod device;
 pub mod entropy;
 mod interrupt;

@@ -36,7 +36,11 @@ impl Net {
         };
         let end = gather(queue, scratch)?;
         let frames = &scratch.outgoing[..scratch.heads.len()];
-        let taken = match self.port.send(frames) {
+        let sent = match frames {
+            [] => Ok(0),
+            frames => self.port.send(frames),
+        };
+        let taken = match sent {
             Ok(taken) => {
                 let taken = taken.min(frames.len());
                 count(&self.counters.sent_frames, taken);

@@ -452,3 +452,6 @@ fn check_ram(memory: &Memory, address: u64, length: u64) -> Result<(), RingError
         Err(outside(address, length))
     }
 }
+
+#[cfg(test)]
+mod tests;
