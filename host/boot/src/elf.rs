@@ -183,7 +183,7 @@ fn check_segment(image: &[u8], header: &ProgramHeader, ram_end: u64) -> Result<u
 
 /// Copies one segment, and clears what the file does not fill: after a reset, RAM is not zero.
 fn write_segment(image: &[u8], header: &ProgramHeader, memory: &Memory) -> Result<(), ElfError> {
-    const ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+    static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
     let data = slice(image, header.offset, header.file_size, "a segment")?;
     let mapping = memory.mapping();
     mapping

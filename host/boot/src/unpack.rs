@@ -114,12 +114,7 @@ pub(crate) fn unpack(
         }
         Compression::Lzma => {
             let reader = lzma_rust2::LzmaReader::new_mem_limit(data, memory_kib, None);
-            collect(
-                reader
-                    .map_err(io::Error::from)
-                    .map_err(UnpackError::Decode)?,
-                announced,
-            )?
+            collect(reader.map_err(UnpackError::Decode)?, announced)?
         }
         Compression::Lz4 => lz4(data, announced)?,
         Compression::Zstd => {

@@ -236,7 +236,7 @@ impl Msix {
 
     fn write_table(&self, offset: u64, data: &[u8]) {
         // The specification allows aligned 4- and 8-byte stores only; others are ignored.
-        if !matches!(data.len(), 4 | 8) || offset % data.len() as u64 != 0 {
+        if !matches!(data.len(), 4 | 8) || !offset.is_multiple_of(data.len() as u64) {
             return;
         }
         let size = u64::from(ENTRY_SIZE);
