@@ -15,12 +15,14 @@ mod error;
 mod machine;
 mod options;
 pub mod ownership;
+mod pages;
 pub mod protocol;
 mod report;
 mod source;
 pub mod transport;
+mod wire;
 
-pub use destination::{Arrival, Destination, Witness};
+pub use destination::{Arrival, Destination, Stage, Witness};
 pub use error::{MigrationError, MigrationFailure, Whereabouts};
 pub use machine::{DestinationMachine, MachineError, SourceMachine};
 pub use options::{
@@ -30,4 +32,4 @@ pub use ownership::Doubt;
 pub use report::{
     DestinationReport, MigrationReport, Outcome, RoundKind, RoundReport, SwitchOverReport,
 };
-pub use source::Source;
+pub use source::{Phase, Source, Verdict, resolve};

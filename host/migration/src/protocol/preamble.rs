@@ -35,7 +35,7 @@ pub struct Token([u8; 16]);
 
 impl Token {
     /// A token from its bytes.
-    pub fn from_bytes(bytes: [u8; 16]) -> Self {
+    pub const fn from_bytes(bytes: [u8; 16]) -> Self {
         Self(bytes)
     }
 

@@ -1,10 +1,68 @@
 //! The side that has the guest.
 
+mod attempt;
+mod estimate;
+mod hand_over;
+mod inquiry;
+pub(crate) mod round;
+mod throttle;
+
+use std::time::Instant;
+
+use attempt::{Attempt, Start, ms};
+pub use inquiry::{Verdict, resolve};
+
 use crate::error::{MigrationError, MigrationFailure, Whereabouts};
 use crate::machine::SourceMachine;
 use crate::options::{CancelToken, MigrationOptions, Progress};
-use crate::report::MigrationReport;
-use crate::transport::Connector;
+use crate::ownership::Doubt;
+use crate::pages;
+use crate::report::{MigrationReport, Outcome};
+use crate::transport::{Connector, TransportError};
+
+/// What the source is doing.
+///
+/// ```text
+///                      ┌──────── limit missed ─────────┐
+///              Ready   ▼      what remains fits        │  Prepared in time      Running
+///  Connecting ──────▶ Copying ─────────────────▶ Switching ─────────▶ Committed ───────▶ (moved)
+///      │               │  ▲ │                          │                │    │
+///      │               │  └─┘ a round                  │     no Running │    │ nobody knows
+///      ▼               ▼                               ▼                ▼    ▼
+///   (the guest runs here: an error, a cancel, no convergence)      WhoOwns  (in doubt)
+///                                                             ├─ runs there ──▶ (moved)
+///                                                             └─ never there ─▶ (runs here)
+/// ```
+///
+/// The guest is paused in `Switching` and `Committed`. Until `Committed` the source owns it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Reaching the destination, which builds the machine.
+    Connecting,
+    /// The guest runs, its memory is copied.
+    Copying,
+    /// The guest is paused, the rest follows.
+    Switching,
+    /// `Commit` is being written, or was.
+    Committed,
+}
+
+impl Phase {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Connecting => "connecting",
+            Self::Copying => "copying",
+            Self::Switching => "switching over",
+            Self::Committed => "handing over",
+        }
+    }
+}
+
+/// How an attempt ended, unless by an error.
+enum End {
+    Moved,
+    InDoubt(Doubt),
+}
 
 /// Moves a guest away.
 pub struct Source<'a> {
@@ -48,11 +106,112 @@ impl<'a> Source<'a> {
         machine: &mut dyn SourceMachine,
         connector: &mut dyn Connector,
     ) -> Result<MigrationReport, Box<MigrationFailure>> {
-        let _ = (machine, connector, self.progress, self.options);
-        Err(Box::new(MigrationFailure {
-            error: MigrationError::Cancelled,
-            guest: Whereabouts::RunsHere,
-            report: MigrationReport::default(),
-        }))
+        let started = Instant::now();
+        let cpu_at_start = pages::thread_cpu_seconds();
+        let start = Start {
+            options: &self.options,
+            cancel: self.cancel,
+            progress: self.progress,
+            started,
+            report: MigrationReport {
+                transport: connector.transport().to_owned(),
+                ram_bytes: machine.memory().size(),
+                downtime_limit_ms: ms(self.options.downtime_limit),
+                ..MigrationReport::default()
+            },
+        };
+        let finish = |report: &mut MigrationReport| {
+            report.total_ms = ms(started.elapsed());
+            report.cpu_seconds = pages::thread_cpu_seconds() - cpu_at_start;
+        };
+        let mut attempt = match Attempt::connect(start, machine, connector) {
+            Ok(attempt) => attempt,
+            Err((error, mut report)) => {
+                finish(&mut report);
+                return Err(failure(
+                    stopped_is_cancelled(error),
+                    Whereabouts::RunsHere,
+                    *report,
+                ));
+            }
+        };
+        let result = attempt.run(machine, connector);
+        let result = result.map_err(|error| {
+            let error = stopped_is_cancelled(error);
+            let guest = stay(&mut attempt, machine, &error);
+            (error, guest)
+        });
+        let mut report = attempt.report;
+        report.bytes_sent = attempt.wire.bytes_sent();
+        finish(&mut report);
+        match result {
+            Ok(End::Moved) => {
+                report.outcome = Outcome::Moved;
+                Ok(report)
+            }
+            Ok(End::InDoubt(doubt)) => {
+                let guest = Whereabouts::InDoubt(doubt);
+                Err(failure(MigrationError::InDoubt, guest, report))
+            }
+            Err((error, guest)) => Err(failure(error, guest, report)),
+        }
+    }
+}
+
+/// The guest stays here: it runs on, and nothing that it wrote is forgotten.
+fn stay(
+    attempt: &mut Attempt<'_, '_>,
+    machine: &mut dyn SourceMachine,
+    error: &MigrationError,
+) -> Whereabouts {
+    // First the guest, then the rest: it is waiting.
+    let mut guest = Whereabouts::RunsHere;
+    if attempt.paused
+        && let Err(error) = machine.resume()
+    {
+        let error = MigrationError::from(error);
+        tracing::error!(error = %error.chain(), "the guest did not resume");
+        guest = Whereabouts::PausedHere;
+    }
+    attempt.put_back();
+    if let Err(error) = machine.stop_dirty_tracking() {
+        let error = MigrationError::from(error);
+        tracing::warn!(error = %error.chain(), "dirty tracking did not stop");
+    }
+    let flushed = !matches!(
+        error,
+        MigrationError::Transport(TransportError::TimedOut { .. })
+    );
+    if flushed {
+        attempt.wire.abort(error.chain());
+    } else {
+        attempt.wire.shutdown();
+    }
+    guest
+}
+
+fn failure(
+    error: MigrationError,
+    guest: Whereabouts,
+    mut report: MigrationReport,
+) -> Box<MigrationFailure> {
+    report.outcome = match (&error, &guest) {
+        (_, Whereabouts::InDoubt(_)) => Outcome::InDoubt,
+        (MigrationError::Cancelled, _) => Outcome::Cancelled,
+        (MigrationError::DidNotConverge { .. }, _) => Outcome::DidNotConverge,
+        _ => Outcome::Failed,
+    };
+    Box::new(MigrationFailure {
+        error,
+        guest,
+        report,
+    })
+}
+
+/// The only token that stops the source's waits is the cancel token.
+fn stopped_is_cancelled(error: MigrationError) -> MigrationError {
+    match error {
+        MigrationError::Transport(TransportError::Stopped { .. }) => MigrationError::Cancelled,
+        error => error,
     }
 }

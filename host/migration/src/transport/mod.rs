@@ -9,6 +9,7 @@ mod listen;
 mod socket;
 
 use std::io::{self, IoSlice, IoSliceMut};
+use std::net::Shutdown;
 use std::time::Instant;
 
 pub use connect::{Connector, TcpConnector, UnixConnector};
@@ -84,8 +85,8 @@ pub trait Transport: Send {
     /// [`TransportError::TimedOut`] when nothing was taken, [`TransportError::Closed`] at the end.
     fn write(&mut self, from: &[IoSlice<'_>], deadline: Instant) -> Result<usize, TransportError>;
 
-    /// Ends both directions; the peer sees the end after what was written.
-    fn shutdown(&mut self);
+    /// Ends one direction or both; the peer sees the end after what was written.
+    fn shutdown(&mut self, how: Shutdown);
 
     /// The peer's address, for messages.
     fn peer(&self) -> &str;

@@ -141,11 +141,11 @@ impl Transport for SocketTransport {
         })
     }
 
-    fn shutdown(&mut self) {
+    fn shutdown(&mut self, how: Shutdown) {
         // A peer that is gone already is no news here.
         let _ = match &self.socket {
-            Socket::Tcp(stream) => stream.shutdown(Shutdown::Both),
-            Socket::Unix(stream) => stream.shutdown(Shutdown::Both),
+            Socket::Tcp(stream) => stream.shutdown(how),
+            Socket::Unix(stream) => stream.shutdown(how),
         };
     }
 

@@ -1,0 +1,373 @@
+//! One attempt to move a guest: from the connection until the last round of copying.
+
+use std::time::{Duration, Instant};
+
+use dunlin_guest::{Memory, PageSet};
+
+use super::estimate::Estimate;
+use super::hand_over::Switched;
+use super::round::Batch;
+use super::throttle::Throttle;
+use super::{End, Phase};
+use crate::error::MigrationError;
+use crate::machine::SourceMachine;
+use crate::options::{CancelToken, MigrationOptions, NoConvergence, Progress, Step, Verification};
+use crate::ownership::Doubt;
+use crate::protocol::message::{Configuration, KeepAlive, Region};
+use crate::protocol::{Message, Preamble, ProtocolError, Purpose, Token};
+use crate::report::{MigrationReport, RoundKind, RoundReport};
+use crate::transport::Connector;
+use crate::wire::{Patience, Wire};
+
+/// Most pages in a batch without a bandwidth limit.
+const BATCH_PAGES: usize = 128;
+/// Rounds in which what remains may fail to shrink by a tenth.
+const STALE_ROUNDS: u32 = 8;
+/// Time between two calls of the progress callback within a round.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(50);
+/// Round trips measured before copying; the first only wakes everybody up.
+const PINGS: u64 = 3;
+
+/// What the attempt needs besides the machine.
+pub(super) struct Attempt<'o, 'p> {
+    pub(super) options: &'o MigrationOptions,
+    pub(super) cancel: CancelToken,
+    progress: Option<Box<dyn FnMut(Progress) + 'p>>,
+    last_progress: Option<Instant>,
+    pub(super) wire: Wire,
+    pub(super) doubt: Doubt,
+    pub(super) memory: Memory,
+    pub(super) batch: Batch,
+    pub(super) throttle: Throttle,
+    pub(super) estimate: Estimate,
+    pub(super) phase: Phase,
+    /// Is the guest stopped?
+    pub(super) paused: bool,
+    /// Pages that the destination lacks.
+    pub(super) pending: PageSet,
+    /// Pages that were sent, and are not confirmed.
+    pub(super) unconfirmed: PageSet,
+    pub(super) next_round: u32,
+    /// Number of the last switch-over.
+    pub(super) switch_over: u32,
+    /// The last live round: what is harvested since then was dirtied since then.
+    round_begun: Instant,
+    pub(super) started: Instant,
+    pub(super) report: MigrationReport,
+}
+
+/// What an attempt starts from.
+pub(super) struct Start<'o, 'p> {
+    pub(super) options: &'o MigrationOptions,
+    pub(super) cancel: CancelToken,
+    pub(super) progress: Option<Box<dyn FnMut(Progress) + 'p>>,
+    pub(super) started: Instant,
+    pub(super) report: MigrationReport,
+}
+
+impl<'o, 'p> Attempt<'o, 'p> {
+    /// Reaches the destination and lets it build the machine.
+    pub(super) fn connect(
+        start: Start<'o, 'p>,
+        machine: &dyn SourceMachine,
+        connector: &mut dyn Connector,
+    ) -> Result<Self, (MigrationError, Box<MigrationReport>)> {
+        let options = start.options;
+        let cancel = start.cancel.clone();
+        match greet(options, &cancel, machine, connector) {
+            Ok((wire, doubt)) => {
+                let memory = machine.memory().clone();
+                let throttle = Throttle::new(options.bandwidth_limit);
+                Ok(Self {
+                    options,
+                    cancel,
+                    progress: start.progress,
+                    last_progress: None,
+                    wire,
+                    doubt,
+                    batch: Batch::new(throttle.batch_pages(BATCH_PAGES)),
+                    throttle,
+                    estimate: Estimate::new(),
+                    phase: Phase::Copying,
+                    paused: false,
+                    pending: PageSet::full(memory.pages()),
+                    unconfirmed: PageSet::new(memory.pages()),
+                    memory,
+                    next_round: 0,
+                    switch_over: 0,
+                    round_begun: Instant::now(),
+                    started: start.started,
+                    report: start.report,
+                })
+            }
+            Err(error) => Err((error, Box::new(start.report))),
+        }
+    }
+
+    /// Copies until the guest has moved, or cannot be.
+    pub(super) fn run(
+        &mut self,
+        machine: &mut dyn SourceMachine,
+        connector: &mut dyn Connector,
+    ) -> Result<End, MigrationError> {
+        self.measure_round_trip()?;
+        machine.start_dirty_tracking()?;
+        let mut best = u64::MAX;
+        let mut stale = 0;
+        loop {
+            if self.cancel.is_cancelled() {
+                return Err(MigrationError::Cancelled);
+            }
+            self.harvest(machine)?;
+            let remaining = self.pending.len();
+            let limit = self.options.downtime_limit;
+            let given_up = self.next_round >= self.options.max_rounds
+                || stale >= STALE_ROUNDS
+                || self.report.switch_overs_aborted >= self.options.max_switch_overs;
+            let fits = self.next_round > 0 && self.estimate.fits(remaining, limit);
+            let forced = given_up && self.options.on_no_convergence == NoConvergence::Force;
+            if forced || (fits && !given_up) {
+                match self.switch_over(machine, connector, forced)? {
+                    Switched::End(end) => return Ok(end),
+                    // That says nothing about convergence.
+                    Switched::TakenBack => stale = stale.saturating_sub(1),
+                }
+            } else if given_up {
+                return Err(MigrationError::DidNotConverge {
+                    rounds: self.next_round,
+                    remaining_pages: remaining,
+                    predicted_ms: self.estimate.pause(remaining).as_secs_f64() * 1e3,
+                    limit_ms: limit.as_secs_f64() * 1e3,
+                });
+            }
+            self.live_round()?;
+            if remaining < best - best / 10 {
+                best = remaining;
+                stale = 0;
+            } else {
+                stale += 1;
+            }
+        }
+    }
+
+    /// Adds the pages that the guest wrote since the last time to those that the destination
+    /// lacks.
+    pub(super) fn harvest(
+        &mut self,
+        machine: &mut dyn SourceMachine,
+    ) -> Result<(), MigrationError> {
+        machine.collect_dirty()?;
+        let mut dirtied = PageSet::new(self.memory.pages());
+        self.memory.dirty_log().harvest(&mut dirtied);
+        let seconds = self.round_begun.elapsed().as_secs_f64().max(1e-6);
+        if let Some(round) = self.report.rounds.last_mut() {
+            round.dirtied_pages += dirtied.len();
+            round.dirty_rate = (round.dirtied_pages * dunlin_guest::PAGE_SIZE) as f64 / seconds;
+        }
+        self.pending.union(&dirtied);
+        Ok(())
+    }
+
+    /// One round while the guest runs: sends what is pending and waits until it is stored.
+    fn live_round(&mut self) -> Result<(), MigrationError> {
+        let patience = Patience::Idle(self.options.idle_timeout);
+        let number = self.next_round;
+        let set = self.take_pending();
+        self.next_round += 1;
+        self.tell(Step::Copying, number, 0, set.len());
+        let begun = Instant::now();
+        self.round_begun = begun;
+        let bytes_before = self.wire.bytes_sent();
+        let counts = self.send_pages(number, &set, patience)?;
+        loop {
+            match self.wire.receive(patience)? {
+                Message::Stored(stored) if stored.complete && stored.round == number => {
+                    if stored.pages == counts.pages && stored.zero_pages == counts.zero_pages {
+                        break;
+                    }
+                    return Err(ProtocolError::invalid(
+                        crate::protocol::Kind::Stored,
+                        "it confirms other numbers than were sent",
+                    )
+                    .into());
+                }
+                message => self.hear(message)?,
+            }
+        }
+        self.unconfirmed.clear();
+        let duration = begun.elapsed();
+        let bytes = self.wire.bytes_sent() - bytes_before;
+        self.estimate.round(number, counts.pages, duration);
+        self.report.rounds.push(RoundReport {
+            round: number,
+            kind: RoundKind::Live,
+            pages: counts.pages,
+            zero_pages: counts.zero_pages,
+            bytes,
+            start_ms: ms(begun - self.started),
+            duration_ms: ms(duration),
+            goodput: bytes as f64 / duration.as_secs_f64().max(1e-6),
+            dirtied_pages: 0,
+            dirty_rate: 0.0,
+        });
+        self.report.pages += counts.pages;
+        self.report.zero_pages += counts.zero_pages;
+        self.tell(Step::Copying, number, set.len(), set.len());
+        Ok(())
+    }
+
+    /// Takes the pending pages for sending; they are unconfirmed from now on.
+    pub(super) fn take_pending(&mut self) -> PageSet {
+        let empty = PageSet::new(self.memory.pages());
+        let set = std::mem::replace(&mut self.pending, empty);
+        self.unconfirmed.union(&set);
+        set
+    }
+
+    /// Hears what the destination has said so far, without waiting.
+    pub(super) fn hear_words(&mut self) -> Result<(), MigrationError> {
+        while let Some(message) = self.wire.try_receive()? {
+            self.hear(message)?;
+        }
+        Ok(())
+    }
+
+    /// A message that nobody waits for.
+    pub(super) fn hear(&mut self, message: Message) -> Result<(), MigrationError> {
+        match message {
+            Message::KeepAlive(body) => {
+                let patience = Patience::Idle(self.options.idle_timeout);
+                self.wire.echo(&body, patience)
+            }
+            Message::Stored(stored) if stored.round < self.next_round => Ok(()),
+            // The answer to a switch-over that was taken back meanwhile.
+            Message::Prepared(body) if body.attempt <= self.switch_over => Ok(()),
+            Message::Abort(body) => Err(MigrationError::Peer {
+                reason: body.reason,
+            }),
+            other => Err(ProtocolError::Unexpected {
+                kind: other.kind(),
+                state: self.phase.name(),
+            }
+            .into()),
+        }
+    }
+
+    fn measure_round_trip(&mut self) -> Result<(), MigrationError> {
+        let patience = Patience::Idle(self.options.idle_timeout);
+        for number in 0..PINGS {
+            let begun = Instant::now();
+            let ping = KeepAlive { echo: 1, number };
+            self.wire.send(&Message::KeepAlive(ping), patience)?;
+            loop {
+                match self.wire.receive(patience)? {
+                    Message::KeepAlive(body) if body.echo == 0 && body.number == number => break,
+                    other => self.hear(other)?,
+                }
+            }
+            if number > 0 {
+                self.estimate.round_trip(begun.elapsed());
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn tell(&mut self, step: Step, round: u32, pages_done: u64, pages_total: u64) {
+        let Some(callback) = &mut self.progress else {
+            return;
+        };
+        let now = Instant::now();
+        let whole = pages_done == 0 || pages_done == pages_total;
+        let recent = self
+            .last_progress
+            .is_some_and(|last| now - last < PROGRESS_INTERVAL);
+        if recent && !whole {
+            return;
+        }
+        self.last_progress = Some(now);
+        callback(Progress {
+            step,
+            round,
+            pages_done,
+            pages_total,
+            bytes_sent: self.wire.bytes_sent(),
+        });
+    }
+
+    /// Puts everything that was harvested and not confirmed back into the dirty log.
+    pub(super) fn put_back(&mut self) {
+        self.memory.dirty_log().mark_all(&self.pending);
+        self.memory.dirty_log().mark_all(&self.unconfirmed);
+    }
+}
+
+fn greet(
+    options: &MigrationOptions,
+    cancel: &CancelToken,
+    machine: &dyn SourceMachine,
+    connector: &mut dyn Connector,
+) -> Result<(Wire, Doubt), MigrationError> {
+    let token = Token::random().map_err(|source| MigrationError::Host {
+        what: "random numbers",
+        source,
+    })?;
+    let deadline = Instant::now() + options.connect_timeout;
+    let mut wire = Wire::new(connector.connect(deadline)?);
+    wire.set_stops(vec![cancel.clone()]);
+    let patience = Patience::Until(deadline);
+    let preamble = Preamble {
+        purpose: Purpose::Move,
+        token,
+        body_length: 0,
+    };
+    wire.send_preamble(&preamble, patience)?;
+    let answer = wire.receive_preamble(patience)?;
+    if answer != preamble {
+        let reason = "it does not belong to this session";
+        return Err(ProtocolError::Preamble { reason }.into());
+    }
+    let memory = machine.memory();
+    let configuration = Configuration {
+        machine: machine.configuration(),
+        ram_bytes: memory.size(),
+        regions: memory
+            .regions()
+            .map(|region| Region {
+                start: region.start,
+                size: region.size,
+                offset: region.offset,
+            })
+            .collect(),
+        verification: match options.verification {
+            Verification::Off => 0,
+            Verification::AfterHandOver => 1,
+            Verification::BeforeHandOver => 2,
+        },
+    };
+    wire.send(&Message::Configuration(configuration), patience)?;
+    match wire.receive(patience)? {
+        Message::Ready(ready) => {
+            let incarnation = <[u8; 16]>::try_from(ready.incarnation.as_slice());
+            let incarnation = incarnation.map_err(|_wrong_length| {
+                ProtocolError::invalid(crate::protocol::Kind::Ready, "incarnation is not 16 bytes")
+            })?;
+            let doubt = Doubt {
+                token,
+                incarnation: Token::from_bytes(incarnation),
+            };
+            Ok((wire, doubt))
+        }
+        Message::Abort(body) => Err(MigrationError::Peer {
+            reason: body.reason,
+        }),
+        other => Err(ProtocolError::Unexpected {
+            kind: other.kind(),
+            state: Phase::Connecting.name(),
+        }
+        .into()),
+    }
+}
+
+pub(super) fn ms(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}

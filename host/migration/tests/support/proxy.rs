@@ -1,0 +1,1 @@
+//! Stands between source and destination and does harm at one frame of their conversation.
