@@ -62,7 +62,7 @@ pub struct Host {
     folder: PathBuf,
     address: Ipv4Addr,
     switch: Option<Guard>,
-    machines: Vec<Guard>,
+    commands: Vec<Guard>,
 }
 
 impl Testbed {
@@ -94,7 +94,7 @@ impl Testbed {
             folder,
             address,
             switch: None,
-            machines: Vec::new(),
+            commands: Vec::new(),
         })
     }
 
@@ -162,7 +162,7 @@ impl Host {
         });
         fs::write(&config, serde_json::to_vec_pretty(&text)?)?;
         let mut command = self.command(&["switch"]);
-        command.arg("--config").arg(&config);
+        command.arg(&config);
         self.switch = Some(self.spawn(&mut command, "switch")?);
         let socket = self.switch_socket();
         let log = self.log("switch");
@@ -215,7 +215,7 @@ impl Host {
         wait_for(Some(&mut guard), "the VM", &log, || {
             Ok(self.query(&["inspect", &vm.name]).is_ok())
         })?;
-        self.machines.push(guard);
+        self.commands.push(guard);
         Ok(())
     }
 
@@ -236,18 +236,46 @@ impl Host {
         wait_for(Some(&mut guard), "the place for the VM", &log, || {
             Ok(listens(SocketAddrV4::new(self.address, port)))
         })?;
-        self.machines.push(guard);
+        self.commands.push(guard);
         Ok(target)
     }
 
-    /// Forgets children that have ended; ends the others when `all`.
-    pub fn reap(&mut self, all: bool) {
-        self.machines.retain_mut(|guard| !all && !guard.exited());
+    /// The commands that started VMs here or wait for some, ended ones included.
+    pub fn commands(&mut self) -> &mut Vec<Guard> {
+        &mut self.commands
     }
 
-    /// Processes of VMs that still run here.
-    pub fn machines(&mut self) -> &mut Vec<Guard> {
-        &mut self.machines
+    /// Kills every VM process and every waiting command of this host, as a power cut does. The
+    /// switch goes on: it stands for the network.
+    pub fn kill_machines(&mut self) {
+        for command in &mut self.commands {
+            // An ended child cannot be killed, and need not be.
+            let _ = command.child().kill();
+        }
+        self.commands.clear();
+        for pid in self.machine_pids() {
+            // SAFETY: sending a signal touches no memory; the process locked this testbed's own
+            // pid file a moment ago.
+            #[expect(unsafe_code, reason = "std cannot signal a process that is no child")]
+            unsafe {
+                libc::kill(pid, libc::SIGKILL);
+            }
+        }
+    }
+
+    /// Process ids of the VMs that run here.
+    pub fn machine_pids(&self) -> Vec<libc::pid_t> {
+        let Ok(folders) = fs::read_dir(self.folder.join("run")) else {
+            return Vec::new();
+        };
+        folders
+            .filter_map(|folder| {
+                let file = folder.ok()?.path().join("pid");
+                let pid = fs::read_to_string(file).ok()?.trim().parse().ok()?;
+                let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+                name.starts_with("dunlin").then_some(pid)
+            })
+            .collect()
     }
 
     /// The log of a child.
@@ -262,6 +290,12 @@ impl Host {
     fn spawn(&self, command: &mut Command, name: &str) -> anyhow::Result<Guard> {
         let log = File::create(self.log(name))?;
         Guard::spawn(command.stdout(log.try_clone()?).stderr(log))
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.kill_machines();
     }
 }
 

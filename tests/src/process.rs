@@ -100,11 +100,11 @@ impl Guard {
     /// # Errors
     /// When the program cannot be started.
     pub fn spawn(command: &mut Command) -> anyhow::Result<Self> {
-        // SAFETY: prctl is async-signal-safe and touches nothing of the parent's memory.
         #[expect(
             unsafe_code,
             reason = "a death signal can only be asked for in the child"
         )]
+        // SAFETY: prctl is async-signal-safe and touches nothing of the parent's memory.
         unsafe {
             command.pre_exec(|| {
                 if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) != 0 {

@@ -1,4 +1,8 @@
 //! Stock kernels boot to init on the software CPU and power off.
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test may stop at what it cannot do without"
+)]
 
 use std::process::{Command, Stdio};
 use std::time::Duration;

@@ -1,4 +1,8 @@
 //! A QEMU guest on the switch's unix port and a Dunlin guest talk to each other.
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test may stop at what it cannot do without"
+)]
 
 use std::net::SocketAddrV4;
 use std::path::Path;

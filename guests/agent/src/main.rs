@@ -59,10 +59,7 @@ fn main() {
         }
     };
     let heartbeat = Arc::new(heartbeat::Heartbeat::start());
-    let load = Arc::new(writer::Writer::start(
-        arguments.working_set_mib,
-        arguments.rate_mib,
-    ));
+    let load = writer::Writer::start(arguments.working_set_mib, arguments.rate_mib);
     if let Err(error) = service::run(arguments.port, &heartbeat, &load) {
         eprintln!("agent: port {}: {error}", arguments.port);
         std::process::exit(1);

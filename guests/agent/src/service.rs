@@ -13,11 +13,7 @@ use crate::writer::Writer;
 /// Longest request line; a longer one ends the connection.
 const LINE_LIMIT: u64 = 4096;
 
-pub(crate) fn run(
-    port: u16,
-    heartbeat: &Arc<Heartbeat>,
-    load: &Arc<Arc<Writer>>,
-) -> io::Result<()> {
+pub(crate) fn run(port: u16, heartbeat: &Arc<Heartbeat>, load: &Arc<Writer>) -> io::Result<()> {
     let listener = TcpListener::bind(("0.0.0.0", port))?;
     println!("agent: listening on port {port}");
     let counter = Arc::new(AtomicU64::new(0));
@@ -39,7 +35,7 @@ pub(crate) fn run(
 struct Session {
     counter: Arc<AtomicU64>,
     heartbeat: Arc<Heartbeat>,
-    load: Arc<Arc<Writer>>,
+    load: Arc<Writer>,
 }
 
 impl Session {

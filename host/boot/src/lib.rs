@@ -184,8 +184,11 @@ pub fn load(context: &LoadContext<'_>) -> Result<EntryState, LoadError> {
     })
 }
 
-/// The kernel as an ELF image.
-fn kernel_image(path: &Path) -> Result<Vec<u8>, LoadError> {
+/// The kernel in `path` as an ELF image, unpacked where it is a bzImage.
+///
+/// # Errors
+/// [`LoadError`] when the file cannot be read, is of another kind, or does not unpack.
+pub fn kernel_image(path: &Path) -> Result<Vec<u8>, LoadError> {
     let (mut file, size) = open("kernel", path)?;
     let path = || path.to_owned();
     if size > MAX_KERNEL {

@@ -39,12 +39,14 @@ impl DirtyLog {
 
     /// The marks as bytes: the byte of page `n` is non-zero when the page is dirty.
     pub fn marks(&self) -> &[AtomicU8] {
-        // SAFETY: the words are owned by `self`, atomic, and at least `pages` bytes long;
-        // an `AtomicU8` has no alignment or validity requirement beyond those of a `u64`'s byte.
         #[expect(
             unsafe_code,
             reason = "bytes and words are two views of the same marks"
         )]
+        // SAFETY: the words are owned by `self`, atomic, and at least `pages` bytes long;
+        // an `AtomicU8` has no alignment or validity requirement beyond those of a `u64`'s byte.
+        // Bytes and words are accessed atomically at different sizes, which the hardware orders
+        // as one location does: a swap of the word sees every byte stored before it.
         unsafe {
             std::slice::from_raw_parts(self.words.as_ptr().cast::<AtomicU8>(), self.pages)
         }

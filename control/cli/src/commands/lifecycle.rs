@@ -1,6 +1,5 @@
 //! `pause`, `resume`, `stop`.
 
-
 use dunlin_api::status::VmStatus;
 use dunlin_api::{VmName, route};
 use rustix::event::{PollFd, PollFlags, Timespec};

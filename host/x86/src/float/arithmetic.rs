@@ -65,7 +65,11 @@ fn attempt<T>(
 ) -> Option<T> {
     // Flushing, and underflow without loss of precision being none, hold for masked underflow only.
     let catches_tiny = unmasked(*mxcsr) & UNDERFLOW != 0;
-    let modes = if catches_tiny { *mxcsr & !FLUSH } else { *mxcsr };
+    let modes = if catches_tiny {
+        *mxcsr & !FLUSH
+    } else {
+        *mxcsr
+    };
     let mut environment = Environment::new(modes);
     let result = f(&mut environment);
     let mut flags = environment.flags();
@@ -144,12 +148,7 @@ struct Dot {
     tiny: Tiny,
 }
 
-fn dot<T: Lane>(
-    steps: &Dot,
-    (a, b): (u128, u128),
-    control: u8,
-    mxcsr: &mut u32,
-) -> Option<u128> {
+fn dot<T: Lane>(steps: &Dot, (a, b): (u128, u128), control: u8, mxcsr: &mut u32) -> Option<u128> {
     let count = T::split(0).as_ref().len();
     let select = |register: u128, mask: u8| {
         let lanes = T::split(register);

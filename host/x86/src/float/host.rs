@@ -5,7 +5,10 @@
 //! for [`super::arithmetic`] to say. x87 runs on the guest's own registers and control word.
 //! A version for other hosts replaces this file alone.
 
-#![expect(unsafe_code, reason = "executes the host's own SSE and x87 instructions")]
+#![expect(
+    unsafe_code,
+    reason = "executes the host's own SSE and x87 instructions"
+)]
 
 use std::arch::{asm, global_asm};
 

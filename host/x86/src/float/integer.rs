@@ -213,7 +213,11 @@ fn horizontal<const BYTES: usize, T: Lane>(a: u128, b: u128, f: impl Fn(T, T) ->
     let (a, b) = (T::split(a), T::split(b));
     let pairs = BYTES / size_of::<T>() / 2;
     from_index::<T>(|index| {
-        let lanes = if index < pairs { a.as_ref() } else { b.as_ref() };
+        let lanes = if index < pairs {
+            a.as_ref()
+        } else {
+            b.as_ref()
+        };
         let pair = index % pairs * 2;
         f(lanes[pair], lanes[pair + 1])
     })

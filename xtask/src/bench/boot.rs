@@ -1,0 +1,195 @@
+//! Time from starting the program to init in a stock kernel: Dunlin's software CPU beside
+//! `qemu-system-x86_64 -accel tcg` with the same kernel, initramfs, memory and PVH direct boot.
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+
+use super::{BenchArguments, Row, print};
+use crate::guest::{self, Guest};
+use crate::packages::{self, Series};
+use dunlin_testbed::process::{self, Guard};
+
+const CMDLINE: &str = "console=ttyS0 quiet dunlin.init=poweroff";
+/// What the initramfs prints first.
+const MARKER: &str = "dunlin-init: reached";
+/// A boot that takes longer hangs.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// One boot: time to init, and whether the program ended well by itself after power-off.
+struct Boot {
+    to_init: Duration,
+    clean: bool,
+}
+
+pub(super) fn run(arguments: &BenchArguments) -> anyhow::Result<()> {
+    process::catch_interrupts();
+    let missing = packages::install(&[("qemu-system-x86", "qemu-system-x86_64")]);
+    process::run_shown(
+        Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+            .args(["build", "--release", "--quiet", "--package", "dunlin"])
+            .current_dir(process::root()),
+    )?;
+    let binary = process::target().join("release/dunlin");
+    let mut rows = Vec::new();
+    for series in Series::ALL {
+        let suffix = series.name().replace('.', "_");
+        let guest = match guest::build(series) {
+            Ok(guest) => guest,
+            Err(error) => {
+                rows.push(Row::missing(
+                    &format!("boot_{suffix}_ok"),
+                    "boolean",
+                    format!("{error:#}"),
+                ));
+                continue;
+            }
+        };
+        let mut ours = Vec::new();
+        let mut peer = Vec::new();
+        for _ in 0..arguments.runs {
+            ours.push(boot(&mut dunlin(&binary, &guest))?);
+            if missing.is_empty() {
+                peer.push(boot(&mut qemu(&guest))?);
+            }
+        }
+        rows.extend(evaluate(series, &suffix, &ours, &peer));
+    }
+    print("boot", &rows, arguments)
+}
+
+fn evaluate(
+    series: Series,
+    suffix: &str,
+    ours: &[Option<Boot>],
+    peer: &[Option<Boot>],
+) -> Vec<Row> {
+    let seconds = |boots: &[Option<Boot>]| -> Vec<f64> {
+        boots
+            .iter()
+            .flatten()
+            .map(|boot| boot.to_init.as_secs_f64())
+            .collect()
+    };
+    let clean = ours
+        .iter()
+        .filter(|boot| boot.as_ref().is_some_and(|boot| boot.clean))
+        .count();
+    let ok = f64::from(u8::from(clean == ours.len()));
+    let name = match series {
+        Series::V6_1 => "boot".to_owned(),
+        Series::V6_12 => format!("boot_{suffix}"),
+    };
+    let unit = "time ratio to QEMU TCG";
+    let (own_times, peer_times) = (seconds(ours), seconds(peer));
+    let ratio = match super::median(&peer_times) {
+        Some(peer) => {
+            let ratios: Vec<_> = own_times.iter().map(|own| own / peer).collect();
+            Row::at_most(&name, unit, 8.0, &ratios)
+        }
+        None => Row::missing(
+            &name,
+            unit,
+            "qemu-system-x86_64 is not installed".to_owned(),
+        ),
+    };
+    vec![
+        Row::exactly(&format!("boot_{suffix}_ok"), "boolean", 1.0, ok, ours.len()),
+        ratio,
+        Row::information(&format!("boot_{suffix}_dunlin"), "s", &own_times),
+        Row::information(&format!("boot_{suffix}_qemu"), "s", &peer_times),
+    ]
+}
+
+fn dunlin(binary: &Path, guest: &Guest) -> Command {
+    let mut command = Command::new(binary);
+    command
+        .args(["run", "--engine", "soft", "--memory", "512M", "--cpus", "1"])
+        .args(["--name", &format!("bench-{}", std::process::id())])
+        .arg("--kernel")
+        .arg(&guest.elf)
+        .arg("--initrd")
+        .arg(&guest.initramfs)
+        .args(["--cmdline", CMDLINE]);
+    command
+}
+
+fn qemu(guest: &Guest) -> Command {
+    let mut command = Command::new("qemu-system-x86_64");
+    command
+        .args(["-accel", "tcg", "-machine", "q35", "-m", "512", "-smp", "1"])
+        .args([
+            "-nodefaults",
+            "-no-reboot",
+            "-display",
+            "none",
+            "-serial",
+            "stdio",
+        ])
+        .arg("-kernel")
+        .arg(&guest.elf)
+        .arg("-initrd")
+        .arg(&guest.initramfs)
+        .args(["-append", CMDLINE]);
+    command
+}
+
+/// Boots once; `None` when init was not reached in time.
+fn boot(command: &mut Command) -> anyhow::Result<Option<Boot>> {
+    process::check_interrupt()?;
+    let start = Instant::now();
+    let mut guard = Guard::spawn(
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null()),
+    )?;
+    let output = guard
+        .child()
+        .stdout
+        .take()
+        .context("standard output is piped")?;
+    let (sender, receiver) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let mut reader = BufReader::new(output);
+        let mut line = Vec::new();
+        while reader
+            .read_until(b'\n', &mut line)
+            .is_ok_and(|read| read > 0)
+        {
+            if String::from_utf8_lossy(&line).contains(MARKER) {
+                // The receiver is gone when the boot was given up.
+                let _ = sender.send(Instant::now());
+            }
+            line.clear();
+        }
+    });
+    let end = start + LIMIT;
+    let reached = loop {
+        process::check_interrupt()?;
+        match receiver.recv_timeout(Duration::from_millis(100)) {
+            Ok(reached) => break reached,
+            Err(std::sync::mpsc::RecvTimeoutError::Timeout) if Instant::now() < end => {}
+            Err(std::sync::mpsc::RecvTimeoutError::Timeout) => return Ok(None),
+            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => {
+                if !guard.wait(Duration::from_secs(1)) {
+                    return Ok(None);
+                }
+                let status = guard.child().wait()?;
+                if !status.success() {
+                    bail!("{:?} ended before init ({status})", command.get_program());
+                }
+                return Ok(None);
+            }
+        }
+    };
+    let ended = guard.wait(Duration::from_secs(20));
+    let clean = ended && guard.child().wait()?.success();
+    Ok(Some(Boot {
+        to_init: reached - start,
+        clean,
+    }))
+}

@@ -1,0 +1,180 @@
+//! Measurements beside a peer, in one run: a table for people, one JSON line for programs.
+
+mod boot;
+
+use clap::{Args, Subcommand};
+use serde::Serialize;
+
+/// What can be measured.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Bench {
+    /// Boots stock kernels to init on the software CPU, beside QEMU's software CPU
+    Boot(BenchArguments),
+}
+
+/// Arguments that every benchmark takes.
+#[derive(Debug, Args)]
+pub(crate) struct BenchArguments {
+    /// How many times each side runs
+    #[arg(long, default_value_t = 5)]
+    runs: usize,
+    /// Print only the JSON line
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(bench: &Bench) -> anyhow::Result<()> {
+    match bench {
+        Bench::Boot(arguments) => boot::run(arguments),
+    }
+}
+
+/// One figure.
+#[derive(Debug, Serialize)]
+struct Row {
+    name: String,
+    /// `None` when it could not be measured; `why` says the reason.
+    value: Option<f64>,
+    unit: &'static str,
+    limit: String,
+    holds: bool,
+    n: usize,
+    min: Option<f64>,
+    max: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    why: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Results<'a> {
+    bench: &'static str,
+    machine: String,
+    rows: &'a [Row],
+    holds: bool,
+}
+
+impl Row {
+    /// A figure that must not exceed `limit`; median, minimum and maximum of `values`.
+    fn at_most(name: &str, unit: &'static str, limit: f64, values: &[f64]) -> Self {
+        Self {
+            name: name.to_owned(),
+            value: median(values),
+            unit,
+            limit: format!("<= {limit}"),
+            holds: median(values).is_some_and(|value| value <= limit),
+            n: values.len(),
+            min: values.iter().copied().reduce(f64::min),
+            max: values.iter().copied().reduce(f64::max),
+            why: None,
+        }
+    }
+
+    /// A figure that must be `expected` exactly.
+    fn exactly(name: &str, unit: &'static str, expected: f64, value: f64, n: usize) -> Self {
+        Self {
+            name: name.to_owned(),
+            value: Some(value),
+            unit,
+            limit: format!("= {expected}"),
+            holds: value == expected,
+            n,
+            min: None,
+            max: None,
+            why: None,
+        }
+    }
+
+    /// A figure without a limit.
+    fn information(name: &str, unit: &'static str, values: &[f64]) -> Self {
+        Self {
+            limit: String::new(),
+            holds: true,
+            ..Self::at_most(name, unit, f64::INFINITY, values)
+        }
+    }
+
+    /// A figure that could not be measured.
+    fn missing(name: &str, unit: &'static str, why: String) -> Self {
+        Self {
+            why: Some(why),
+            holds: false,
+            ..Self::at_most(name, unit, 0.0, &[])
+        }
+    }
+}
+
+/// Prints the table (to standard error when only JSON is wanted on standard output, nothing).
+fn print(bench: &'static str, rows: &[Row], arguments: &BenchArguments) -> anyhow::Result<()> {
+    if !arguments.json {
+        println!(
+            "{:<24} {:>10} {:<24} {:<10} n  min..max",
+            "row", "value", "unit", "limit"
+        );
+        for row in rows {
+            let value = row
+                .value
+                .map_or("-".to_owned(), |value| format!("{value:.3}"));
+            let range = match (row.min, row.max) {
+                (Some(min), Some(max)) => format!("{min:.3}..{max:.3}"),
+                _ => row.why.clone().unwrap_or_default(),
+            };
+            let mark = if row.holds { "" } else { "  MISSED" };
+            println!(
+                "{:<24} {value:>10} {:<24} {:<10} {}  {range}{mark}",
+                row.name, row.unit, row.limit, row.n
+            );
+        }
+    }
+    let results = Results {
+        bench,
+        machine: machine(),
+        rows,
+        holds: rows.iter().all(|row| row.holds),
+    };
+    println!("{}", serde_json::to_string(&results)?);
+    Ok(())
+}
+
+fn median(values: &[f64]) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    if sorted.len() % 2 == 1 {
+        sorted.get(middle).copied()
+    } else {
+        Some((sorted.get(middle.checked_sub(1)?)? + sorted.get(middle)?) / 2.0)
+    }
+}
+
+/// Processor model and number of processors.
+fn machine() -> String {
+    let model = std::fs::read_to_string("/proc/cpuinfo")
+        .ok()
+        .and_then(|text| {
+            let line = text.lines().find(|line| line.starts_with("model name"))?;
+            Some(line.split(':').nth(1)?.trim().to_owned())
+        })
+        .unwrap_or_else(|| "unknown processor".to_owned());
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    format!("{model}, {processors} processors")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_the_middle() {
+        assert_eq!(median(&[]), None);
+        assert_eq!(median(&[3.0, 1.0, 2.0]), Some(2.0));
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), Some(2.5));
+    }
+
+    #[test]
+    fn a_row_above_its_limit_does_not_hold() {
+        assert!(!Row::at_most("x", "s", 1.0, &[0.9, 1.1, 1.2]).holds);
+        assert!(Row::at_most("x", "s", 1.0, &[0.9, 1.0, 1.2]).holds);
+        assert!(!Row::at_most("x", "s", 1.0, &[]).holds);
+        assert!(!Row::missing("x", "s", "no peer".to_owned()).holds);
+    }
+}
