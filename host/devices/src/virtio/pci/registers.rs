@@ -224,10 +224,8 @@ impl Registers {
         match offset {
             0x00 => self.device_feature_select = value,
             0x08 => self.driver_feature_select = value,
-            0x0c => {
-                if self.phase() == Phase::Negotiating {
-                    set_half(&mut self.driver_features, self.driver_feature_select, value);
-                }
+            0x0c if self.phase() == Phase::Negotiating => {
+                set_half(&mut self.driver_features, self.driver_feature_select, value);
             }
             0x20..0x38 => {
                 let Some(queue) = self.queue_to_set_up() else {

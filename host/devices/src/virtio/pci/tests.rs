@@ -1,13 +1,17 @@
 //! Tests of the registers, driven as a driver drives them.
 
+use std::sync::Arc;
+
 use proptest::prelude::*;
 
+use crate::bus::Bus;
 use crate::component::Component;
-use crate::pci::Function;
+use crate::pci::{Address, Function, RootComplex};
+use crate::recorder::{Doorbells, Power};
 use crate::virtio::entropy::Entropy;
 use crate::virtio::feature;
 use crate::virtio::testing::{ACKNOWLEDGE, DRIVER, DRIVER_OK, Driver, FEATURES_OK, NEEDS_RESET};
-use dunlin_guest::SavedState;
+use dunlin_guest::{SavedState, layout};
 
 use super::VirtioPciState;
 
@@ -161,6 +165,31 @@ fn an_engine_may_ring_the_doorbell_itself() {
     driver.add(0, &[room]).unwrap();
     driver.device.doorbells()[0].event.write(1).unwrap();
     assert_eq!(driver.wait_used(0, 1)[0].1, 16);
+}
+
+#[test]
+fn the_doorbell_follows_a_bar_that_the_guest_moves() {
+    let mut driver = Driver::start(entropy());
+    let (mmio, ports) = (Bus::new(), Bus::new());
+    let doorbells = Arc::new(Doorbells::default());
+    let root = RootComplex::new(mmio.clone(), Arc::clone(&doorbells) as _);
+    root.attach(&ports, Arc::new(Power::default())).unwrap();
+    let address = Address::device(2);
+    root.add(address, Arc::clone(&driver.device) as _).unwrap();
+    let ecam = layout::PCI_ECAM_START + (2 << 15);
+    for start in [
+        layout::PCI_MMIO32_START,
+        layout::PCI_MMIO32_START + 0x10_0000,
+    ] {
+        mmio.write(ecam + 0x10, &(start as u32).to_le_bytes());
+        mmio.write(ecam + 0x04, &6u16.to_le_bytes());
+        let doorbell = start + 0x3000;
+        assert_eq!(doorbells.addresses(), [doorbell]);
+        let room = driver.room(16);
+        driver.add(0, &[room]).unwrap();
+        assert!(mmio.write(doorbell, &[0, 0]));
+        driver.wait_used(0, 1);
+    }
 }
 
 #[test]
