@@ -5,7 +5,6 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
-use dunlin_guest::SavedState;
 use dunlin_vswitch::{Frame, MAX_FRAME, MacAddress, Port, PortError};
 use proptest::prelude::*;
 use vmm_sys_util::eventfd::EventFd;
@@ -13,7 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::*;
 use crate::component::Component;
 use crate::lock;
-use crate::virtio::testing::{Driver, NEEDS_RESET, PATIENCE, Part, QUEUE_SIZE};
+use crate::virtio::testing::{Driver, PATIENCE, Part, QUEUE_SIZE};
 
 const MAC: MacAddress = MacAddress([2, 0, 0, 0, 0, 1]);
 const RX: usize = RECEIVE_QUEUE;
@@ -129,9 +128,12 @@ fn packet(frame: &[u8]) -> Vec<u8> {
 }
 
 fn next_sent(events: &Receiver<Event>) -> Vec<u8> {
-    match events.recv_timeout(PATIENCE) {
-        Ok(Event::Sent(bytes)) => bytes,
-        other => panic!("{other:?}"),
+    loop {
+        match events.recv_timeout(PATIENCE) {
+            Ok(Event::Sent(bytes)) => return bytes,
+            Ok(Event::Announced(_)) => {}
+            Err(error) => panic!("{error}"),
+        }
     }
 }
 
@@ -288,7 +290,6 @@ fn a_move_in_the_middle_of_traffic_loses_and_repeats_nothing() {
     let mut driver = Driver::start(switch.card());
     let (mut sent, mut delivered) = (Vec::new(), Vec::new());
     let mut rooms = std::collections::HashMap::new();
-    let mut announced = 0;
     for turn in 0..40u32 {
         for number in turn * 4..turn * 4 + 4 {
             switch.push(&frame(number, 60));
@@ -305,7 +306,6 @@ fn a_move_in_the_middle_of_traffic_loses_and_repeats_nothing() {
         }
         if turn % 4 == 3 {
             driver.move_to(switch.card());
-            announced += 1;
         }
         delivered.extend(driver.used(RX).into_iter().map(|(head, _)| rooms[&head]));
         let bytes = delivered.drain(..).map(|room| driver.bytes(room));
@@ -327,14 +327,23 @@ fn a_move_in_the_middle_of_traffic_loses_and_repeats_nothing() {
     while to_switch.len() < 160 {
         match events.recv_timeout(PATIENCE).unwrap() {
             Event::Sent(bytes) => to_switch.push(bytes),
-            Event::Announced(mac) => {
-                assert_eq!(mac, MAC);
-                announced -= 1;
-            }
+            Event::Announced(_) => {}
         }
     }
     assert_eq!(to_switch, expected);
-    assert_eq!(announced, 0);
+}
+
+#[test]
+fn a_card_announces_its_address_where_it_goes_on() {
+    let (switch, events) = Switch::new();
+    let mut driver = Driver::start(switch.card());
+    driver.device.pause();
+    driver.device.resume();
+    driver.move_to(switch.card());
+    assert_eq!(events.recv_timeout(PATIENCE), Ok(Event::Announced(MAC)));
+    let buffer = driver.buffer(&packet(&frame(1, 60)));
+    driver.send(TX, &[buffer]);
+    assert_eq!(next_sent(&events), frame(1, 60));
 }
 
 #[test]
@@ -365,7 +374,6 @@ fn states_of_another_card_are_refused() {
         };
         assert!(net.restore(0, &state.encode_to_vec()).is_err());
     }
-    let _: SavedState = state;
 }
 
 proptest! {
@@ -377,7 +385,7 @@ proptest! {
         index in 0u16..QUEUE_SIZE * 2,
         frames in proptest::collection::vec(0usize..2000, 0..20),
     ) {
-        let (switch, _events) = Switch::new();
+        let (switch, events) = Switch::new();
         let mut driver = Driver::start(switch.card());
         for queue in [RX, TX] {
             let (descriptors, available, _) = Driver::rings_of(queue);
@@ -397,14 +405,17 @@ proptest! {
             switch.push(&vec![0; length]);
         }
         driver.move_to(switch.card());
-        let _ = driver.status() & NEEDS_RESET;
-        // A write may have hit the interrupts' wish; a reset makes the card whole again.
+        // Whatever the card made of it: after a reset it works.
         let features = driver.offered();
         driver.initialise(features);
-        let (switch, events) = Switch::new();
-        let mut driver = Driver::start(switch.card());
-        let buffer = driver.buffer(&packet(&frame(2, 60)));
-        driver.send(TX, &[buffer]);
-        prop_assert_eq!(next_sent(&events), frame(2, 60));
+        while events.try_recv().is_ok() {}
+        let mine = [frame(0xfeed, 60), frame(0xbeef, 61)];
+        for bytes in &mine {
+            let buffer = driver.buffer(&packet(bytes));
+            driver.send(TX, &[buffer]);
+        }
+        for bytes in &mine {
+            prop_assert_eq!(&next_sent(&events), bytes);
+        }
     }
 }

@@ -114,13 +114,15 @@ impl VirtioPci {
             queue_select,
             queues,
         } = registers;
+        let needs_reset = interrupt.needs_reset();
         let (positions, device) = worker.with(|work| {
             let positions: Vec<QueuePosition> = match &work.queues {
-                Some(queues) => queues
+                // Queues whose rules were broken are not used again, whatever their positions.
+                Some(queues) if !needs_reset => queues
                     .iter()
                     .map(|queue| queue.map(|queue| queue.position()).unwrap_or_default())
                     .collect(),
-                None => vec![QueuePosition::default(); queues.len()],
+                _ => vec![QueuePosition::default(); queues.len()],
             };
             (positions, work.device.save())
         });
@@ -139,7 +141,7 @@ impl VirtioPci {
                 })
                 .collect(),
             interrupt_status: u32::from(interrupt.status()),
-            needs_reset: interrupt.needs_reset(),
+            needs_reset,
             device_config: device_config.bytes(),
             device,
         }
