@@ -81,7 +81,10 @@ pub struct ReceiveArgs {
     /// Another engine than at the source
     #[arg(long, value_enum)]
     pub engine: Option<EngineArgument>,
-    /// Return when one VM has arrived and runs, instead of waiting for more
+    /// Take one VM, stay until it ends or moves on, and then return
     #[arg(long)]
     pub once: bool,
+    /// Let VMs that have arrived outlive this command; with --once, return on arrival
+    #[arg(long)]
+    pub detach: bool,
 }

@@ -8,7 +8,7 @@ use clap::Args;
 #[derive(Debug, Args)]
 pub struct SwitchArgs {
     /// Configuration file (JSON); the options below add to it
-    #[arg(value_name = "CONFIG")]
+    #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Name, shown in logs and answers
     #[arg(long)]

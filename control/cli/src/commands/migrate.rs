@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use dunlin_api::migration::{
-    MigrateRequest, MigrationPhase, MigrationReport, MigrationStatus, RoundKind,
+    Endpoint, MigrateRequest, MigrationPhase, MigrationReport, MigrationStatus, RoundKind,
 };
 use dunlin_api::size::display_size;
 use dunlin_api::status::VmStatus;
-use dunlin_api::{ApiError, ErrorCode, route};
-use serde_json::json;
+use dunlin_api::{ApiError, ErrorCode, VmName, route};
+use serde::Serialize;
 
 use super::lifecycle::wait_for_end;
 use crate::args::MigrateArgs;
@@ -20,11 +20,20 @@ use crate::terminal::Interrupts;
 
 const POLL: Duration = Duration::from_millis(50);
 
+/// What is printed for programs.
+#[derive(Serialize)]
+struct Moved<'a> {
+    name: &'a VmName,
+    to: &'a Endpoint,
+    #[serde(flatten)]
+    report: &'a MigrationReport,
+}
+
 /// Moves a VM, and ends the process that it left.
 pub(super) async fn migrate(args: MigrateArgs, printer: &Printer) -> Result<(), CliError> {
     let client = Client::new(&args.name);
     let request = MigrateRequest {
-        to: absolute_endpoint(args.to)?,
+        to: super::absolute_endpoint(args.to)?,
         downtime_ms: u64::try_from(args.downtime.as_millis()).unwrap_or(u64::MAX),
         bandwidth: args.bandwidth,
         max_rounds: args.max_rounds,
@@ -47,7 +56,11 @@ pub(super) async fn migrate(args: MigrateArgs, printer: &Printer) -> Result<(), 
     if let Ok(status) = client.post::<_, VmStatus>(route::STOP, &()).await {
         wait_for_end(status.pid).await;
     }
-    let value = json!({ "name": args.name, "to": request.to, "report": report });
+    let value = Moved {
+        name: &args.name,
+        to: &request.to,
+        report: &report,
+    };
     printer.result(&value, || {
         format!(
             "{}: moved to {}\n{}",
@@ -57,16 +70,6 @@ pub(super) async fn migrate(args: MigrateArgs, printer: &Printer) -> Result<(), 
         )
     });
     Ok(())
-}
-
-fn absolute_endpoint(
-    endpoint: dunlin_api::migration::Endpoint,
-) -> Result<dunlin_api::migration::Endpoint, CliError> {
-    use dunlin_api::migration::Endpoint;
-    Ok(match endpoint {
-        Endpoint::Unix(path) => Endpoint::Unix(super::absolute(&path)?),
-        tcp @ Endpoint::Tcp(_) => tcp,
-    })
 }
 
 /// Looks until the move is over; an interrupt cancels it, and it is still followed to its end.

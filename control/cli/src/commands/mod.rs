@@ -15,6 +15,8 @@ mod vm_process;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use dunlin_api::migration::Endpoint;
+
 use crate::args::Command;
 use crate::error::CliError;
 use crate::host::Host;
@@ -54,4 +56,12 @@ fn absolute(path: &Path) -> Result<PathBuf, CliError> {
         "resolve the path \"{}\"",
         path.display()
     )))
+}
+
+/// An endpoint that means the same in another process.
+fn absolute_endpoint(endpoint: Endpoint) -> Result<Endpoint, CliError> {
+    Ok(match endpoint {
+        Endpoint::Unix(path) => Endpoint::Unix(absolute(&path)?),
+        tcp @ Endpoint::Tcp(_) => tcp,
+    })
 }

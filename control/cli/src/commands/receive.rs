@@ -6,8 +6,9 @@ use dunlin_api::ErrorCode;
 use dunlin_api::launch::{GuestOrigin, LaunchReply, Overrides};
 use dunlin_api::migration::Endpoint;
 use dunlin_api::status::VmStatus;
+use tokio::task::JoinSet;
 
-use super::absolute;
+use super::absolute_endpoint;
 use super::run::nets;
 use crate::args::ReceiveArgs;
 use crate::error::CliError;
@@ -15,81 +16,117 @@ use crate::launch::VmProcess;
 use crate::printer::Printer;
 use crate::terminal::Interrupts;
 
-/// Waits for VMs; those that have arrived go on when this command ends.
+/// Waits for VMs. Those that have arrived end with this command, unless it detaches them.
 pub(super) async fn receive(args: ReceiveArgs, printer: &Printer) -> Result<(), CliError> {
     let mut interrupts = Interrupts::listen()?;
-    let once = args.once;
-    let mut listen = match args.listen {
-        Endpoint::Unix(path) => Endpoint::Unix(absolute(&path)?),
-        tcp @ Endpoint::Tcp(_) => tcp,
+    let mut place = Place {
+        listen: absolute_endpoint(args.listen)?,
+        overrides: Overrides {
+            name: args.name,
+            engine: args.engine.map(Into::into),
+            nets: nets(args.nets)?,
+        },
+        taken_before: false,
     };
-    let overrides = Overrides {
-        name: args.name,
-        engine: args.engine.map(Into::into),
-        nets: nets(args.nets)?,
-    };
-    let mut arrived = false;
+    // VMs that have arrived and end with this command.
+    let mut held: JoinSet<Result<(), CliError>> = JoinSet::new();
     loop {
-        let mut process = VmProcess::start(GuestOrigin::Peer {
-            listen: listen.clone(),
-            overrides: overrides.clone(),
-        })?;
-        let outcome = tokio::select! {
-            outcome = arrival(&mut process, &mut listen, arrived, printer) => outcome?,
+        let mut process = place.open()?;
+        let arrived = tokio::select! {
+            arrived = place.arrival(&mut process, printer) => arrived?,
             () = interrupts.next() => {
                 process.end().await;
-                // Nothing was asked of this command that it did not do.
-                return if arrived || !once { Ok(()) } else { Err(CliError::Interrupted) };
+                break;
             }
         };
-        match outcome {
-            Outcome::Arrived(status) => {
-                arrived = true;
-                process.detach()?;
-                printer.result(&status, || format!("{}", status.name));
-                printer.note(&format!(
-                    "{}: arrived and runs, pid {}",
-                    status.name, status.pid
-                ));
-                if once {
-                    return Ok(());
-                }
+        let status = match arrived {
+            Arrival::Runs(status) => status,
+            // The guest before holds the address until its source has heard that all went well.
+            Arrival::AddressBusy => {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
             }
-            // The guest before us still holds the address, until its source has heard that all
-            // went well.
-            Outcome::AddressBusy => tokio::time::sleep(Duration::from_millis(100)).await,
-            Outcome::Ended => return Err(process.ended()),
+            Arrival::Ended => return Err(process.ended()),
+        };
+        place.taken_before = true;
+        printer.result(&status, || format!("{}", status.name));
+        printer.note(&format!(
+            "{}: arrived and runs, pid {}",
+            status.name, status.pid
+        ));
+        if args.detach {
+            process.detach()?;
+        } else {
+            held.spawn(until_end(process));
+        }
+        if args.once {
+            tokio::select! {
+                Some(ended) = held.join_next() => flatten(ended)?,
+                () = interrupts.next(), if !args.detach => {}
+                else => {}
+            }
+            break;
         }
     }
+    // Dropping the tasks closes the lifelines; wait for what hangs on them.
+    held.shutdown().await;
+    Ok(())
 }
 
-enum Outcome {
-    Arrived(Box<VmStatus>),
+/// Stays with a VM until it has ended.
+async fn until_end(mut process: VmProcess) -> Result<(), CliError> {
+    while process.reply().await?.is_some() {}
+    process.wait().map(drop)
+}
+
+fn flatten(ended: Result<Result<(), CliError>, tokio::task::JoinError>) -> Result<(), CliError> {
+    ended.unwrap_or(Err(CliError::Interrupted))
+}
+
+enum Arrival {
+    Runs(Box<VmStatus>),
     AddressBusy,
     Ended,
 }
 
-async fn arrival(
-    process: &mut VmProcess,
-    listen: &mut Endpoint,
-    arrived: bool,
-    printer: &Printer,
-) -> Result<Outcome, CliError> {
-    while let Some(reply) = process.reply().await? {
-        match reply {
-            LaunchReply::Listening(endpoint) => {
-                if !arrived {
-                    printer.note(&format!("waiting for a VM at {endpoint}"));
-                }
-                *listen = endpoint;
-            }
-            LaunchReply::Ready(status) => return Ok(Outcome::Arrived(Box::new(status))),
-            LaunchReply::Failed(error) if arrived && error.code == ErrorCode::Busy => {
-                return Ok(Outcome::AddressBusy);
-            }
-            LaunchReply::Failed(error) => return Err(error.into()),
-            LaunchReply::Ended(_) => return Ok(Outcome::Ended),
-        }
+/// Where VMs arrive.
+struct Place {
+    listen: Endpoint,
+    overrides: Overrides,
+    taken_before: bool,
+}
+
+impl Place {
+    fn open(&self) -> Result<VmProcess, CliError> {
+        VmProcess::start(GuestOrigin::Peer {
+            listen: self.listen.clone(),
+            overrides: self.overrides.clone(),
+        })
     }
-    Ok(Outcome::Ended)
+
+    async fn arrival(
+        &mut self,
+        process: &mut VmProcess,
+        printer: &Printer,
+    ) -> Result<Arrival, CliError> {
+        while let Some(reply) = process.reply().await? {
+            match reply {
+                LaunchReply::Listening(endpoint) => {
+                    if !self.taken_before {
+                        printer.note(&format!("waiting for a VM at {endpoint}"));
+                    }
+                    self.listen = endpoint;
+                }
+                LaunchReply::Ready(status) => return Ok(Arrival::Runs(Box::new(status))),
+                LaunchReply::Failed(error)
+                    if self.taken_before && error.code == ErrorCode::Busy =>
+                {
+                    return Ok(Arrival::AddressBusy);
+                }
+                LaunchReply::Failed(error) => return Err(error.into()),
+                LaunchReply::Ended(_) => return Ok(Arrival::Ended),
+            }
+        }
+        Ok(Arrival::Ended)
+    }
 }

@@ -1,0 +1,172 @@
+//! Which request is allowed when.
+
+use dunlin_api::status::VmState;
+use dunlin_api::{ApiError, ErrorCode};
+
+/// Where the machine is in its life.
+///
+/// ```text
+///              start                  pause
+///   Created ───────────► Running ◄──────────────► Paused ──── save ────► Paused
+///                        │  ▲  ▲      resume        ▲ │
+///   Incoming ────────────┘  │  └────────────────────┼─┘ (claim)
+///              arrived      │ switch-over taken back, or the move failed
+///                           │                       │
+///                 suspend   ▼                       │
+///   Running ────────────► Suspended ─── in doubt ─► InDoubt
+///                           │                       │ the destination answered after all
+///                           │ handed over           ▼
+///                           └────────────────────► Moved
+///
+///   every state ── power-off, stop, failure ──► Stopped
+/// ```
+///
+/// `Suspended` is a pause that belongs to a move: only the move ends it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// Built, not started.
+    Created,
+    /// The guest runs.
+    Running,
+    /// A user stopped it; it can go on.
+    Paused,
+    /// A move stopped it for the hand-over.
+    Suspended,
+    /// The guest runs elsewhere.
+    Moved,
+    /// It may run elsewhere; it stays stopped until somebody decides.
+    InDoubt,
+    /// It has ended.
+    Stopped,
+}
+
+/// What changes the phase.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Transition {
+    /// Runs for the first time here.
+    Start,
+    /// A user's pause.
+    Pause,
+    /// A user's resume; in doubt it claims the guest for this side.
+    Resume,
+    /// A move's pause.
+    Suspend,
+    /// A move took its pause back.
+    TakeBack,
+    /// A move has given the guest away.
+    HandOver,
+    /// A move broke at the hand-over.
+    Doubt,
+    /// It ends.
+    Stop,
+}
+
+impl Phase {
+    /// The phase after `transition`, or why it cannot be.
+    pub(crate) fn after(self, transition: Transition) -> Result<Self, ApiError> {
+        use Transition as T;
+        Ok(match (self, transition) {
+            (Self::Created, T::Start) => Self::Running,
+            (Self::Running | Self::Paused, T::Pause) => Self::Paused,
+            (Self::Paused | Self::Running | Self::InDoubt, T::Resume) => Self::Running,
+            (Self::Running | Self::Paused | Self::Suspended, T::Suspend) => Self::Suspended,
+            (Self::Suspended, T::TakeBack) => Self::Running,
+            (Self::Suspended, T::HandOver) => Self::Moved,
+            (Self::InDoubt, T::HandOver) => Self::Moved,
+            (Self::Suspended, T::Doubt) => Self::InDoubt,
+            (_, T::Stop) => Self::Stopped,
+            (from, refused) => return Err(refusal(from, refused)),
+        })
+    }
+
+    /// The phase as it is told to others.
+    pub(crate) fn to_api(self) -> VmState {
+        match self {
+            Self::Created => VmState::Created,
+            Self::Running => VmState::Running,
+            // A switch-over lasts milliseconds, and to the user the guest is being moved.
+            Self::Suspended => VmState::Paused,
+            Self::Paused => VmState::Paused,
+            Self::Moved => VmState::Moved,
+            Self::InDoubt => VmState::InDoubt,
+            Self::Stopped => VmState::Stopped,
+        }
+    }
+}
+
+fn refusal(from: Phase, transition: Transition) -> ApiError {
+    let action = match transition {
+        Transition::Start => "start",
+        Transition::Pause => "pause",
+        Transition::Resume => "resume",
+        Transition::Suspend | Transition::TakeBack => "move",
+        Transition::HandOver | Transition::Doubt => "hand over",
+        Transition::Stop => "stop",
+    };
+    let state = match from {
+        Phase::Created => "has not started",
+        Phase::Running => "runs",
+        Phase::Paused => "is paused",
+        Phase::Suspended => "is being handed over",
+        Phase::Moved => "has moved to another host",
+        Phase::InDoubt => "may run on another host",
+        Phase::Stopped => "has ended",
+    };
+    ApiError::new(
+        ErrorCode::WrongState,
+        format!("cannot {action} the VM: it {state}"),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PHASES: [Phase; 7] = [
+        Phase::Created,
+        Phase::Running,
+        Phase::Paused,
+        Phase::Suspended,
+        Phase::Moved,
+        Phase::InDoubt,
+        Phase::Stopped,
+    ];
+
+    #[test]
+    fn a_guest_that_was_given_away_never_runs_here_again() {
+        for transition in [
+            Transition::Start,
+            Transition::Resume,
+            Transition::TakeBack,
+            Transition::Pause,
+            Transition::Suspend,
+        ] {
+            assert!(Phase::Moved.after(transition).is_err(), "{transition:?}");
+            assert!(Phase::Stopped.after(transition).is_err(), "{transition:?}");
+        }
+    }
+
+    #[test]
+    fn only_the_move_ends_its_pause() {
+        assert!(Phase::Suspended.after(Transition::Resume).is_err());
+        assert!(Phase::Suspended.after(Transition::Pause).is_err());
+        assert_eq!(
+            Phase::Suspended.after(Transition::TakeBack),
+            Ok(Phase::Running)
+        );
+    }
+
+    #[test]
+    fn every_phase_can_be_stopped() {
+        for phase in PHASES {
+            assert_eq!(phase.after(Transition::Stop), Ok(Phase::Stopped));
+        }
+    }
+
+    #[test]
+    fn a_doubtful_guest_runs_only_when_claimed() {
+        assert_eq!(Phase::InDoubt.after(Transition::Resume), Ok(Phase::Running));
+        assert!(Phase::InDoubt.after(Transition::TakeBack).is_err());
+        assert!(Phase::Running.after(Transition::Doubt).is_err());
+    }
+}
