@@ -69,7 +69,7 @@ impl Phase {
             (Self::Created, T::Start) => Self::Running,
             (Self::Running | Self::Paused, T::Pause) => Self::Paused,
             (Self::Paused | Self::Running | Self::InDoubt, T::Resume) => Self::Running,
-            (Self::Running | Self::Paused | Self::Suspended, T::Suspend) => Self::Suspended,
+            (Self::Running, T::Suspend) => Self::Suspended,
             (Self::Suspended, T::TakeBack) => Self::Running,
             (Self::Suspended, T::HandOver) => Self::Moved,
             (Self::InDoubt, T::HandOver) => Self::Moved,

@@ -38,6 +38,14 @@ impl MachineEvents {
         }
     }
 
+    /// The same destination for a new machine, which has not asked for anything yet.
+    pub(crate) fn renew(&self) -> Self {
+        Self {
+            deliver: Arc::clone(&self.deliver),
+            must_stop: Arc::default(),
+        }
+    }
+
     /// Tells the lifecycle.
     pub(crate) fn send(&self, event: MachineEvent) {
         self.must_stop.store(true, Ordering::Release);

@@ -1,0 +1,106 @@
+//! HTTP: each route is one message to the lifecycle.
+
+use std::time::Duration;
+
+use axum::body::Bytes;
+use axum::extract::{DefaultBodyLimit, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use dunlin_api::migration::MigrationStatus;
+use dunlin_api::status::ExitReport;
+use dunlin_api::{ApiError, ErrorCode, route};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::sync::oneshot;
+
+use super::Peers;
+use crate::lifecycle::{Message, Reply};
+
+/// How long exits and dirty pages are counted for a report.
+const LOOK: Duration = Duration::from_millis(200);
+/// Largest request body; the largest request is a path.
+const MAX_BODY: usize = 64 << 10;
+
+/// The routes.
+pub(super) fn router(peers: Peers) -> Router {
+    Router::new()
+        .route(route::VM, get(|State(p)| ask(p, Message::Status)))
+        .route(route::CONFIG, get(|State(p)| ask(p, Message::Config)))
+        .route(route::PAUSE, post(|State(p)| ask(p, Message::Pause)))
+        .route(route::RESUME, post(|State(p)| ask(p, Message::Resume)))
+        .route(route::STOP, post(|State(p)| ask(p, Message::Stop)))
+        .route(route::SAVE, post(|State(p), body| ask_with(p, body, Message::Save)))
+        .route(route::MIGRATE, post(|State(p), body| ask_with(p, body, Message::Migrate)))
+        .route(route::EXITS, get(exits))
+        .route(route::MIGRATION, get(migration))
+        .route(route::CANCEL, post(cancel))
+        .fallback(|| async { no_route() })
+        .method_not_allowed_fallback(|| async { no_route() })
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .with_state(peers)
+}
+
+/// A refusal as a response.
+struct Refused(ApiError);
+
+impl IntoResponse for Refused {
+    fn into_response(self) -> Response {
+        let status = match self.0.code {
+            ErrorCode::InvalidRequest => StatusCode::BAD_REQUEST,
+            ErrorCode::NotFound => StatusCode::NOT_FOUND,
+            ErrorCode::WrongState | ErrorCode::Busy | ErrorCode::Cancelled => StatusCode::CONFLICT,
+            ErrorCode::Peer => StatusCode::BAD_GATEWAY,
+            ErrorCode::Host | ErrorCode::Unknown => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        (status, Json(self.0)).into_response()
+    }
+}
+
+type Answer<T> = Result<Json<T>, Refused>;
+
+fn no_route() -> Refused {
+    Refused(
+        ApiError::new(ErrorCode::NotFound, "there is no such path or method")
+            .with_hint("the paths are those of version 1, /v1/vm and below"),
+    )
+}
+
+async fn ask<T: Serialize>(peers: Peers, message: impl FnOnce(Reply<T>) -> Message) -> Answer<T> {
+    let (reply, answer) = oneshot::channel();
+    peers.mailbox.send(message(reply));
+    match answer.await {
+        Ok(result) => result.map(Json).map_err(Refused),
+        Err(_gone) => Err(Refused(ApiError::new(ErrorCode::WrongState, "the VM has ended"))),
+    }
+}
+
+async fn ask_with<B: DeserializeOwned, T: Serialize>(
+    peers: Peers,
+    body: Bytes,
+    message: impl FnOnce(B, Reply<T>) -> Message,
+) -> Answer<T> {
+    let body = serde_json::from_slice(&body).map_err(|error| {
+        Refused(ApiError::new(
+            ErrorCode::InvalidRequest,
+            format!("the request is unreadable: {error}"),
+        ))
+    })?;
+    ask(peers, |reply| message(body, reply)).await
+}
+
+async fn exits(State(peers): State<Peers>) -> Answer<ExitReport> {
+    ask(peers.clone(), Message::BeginLook).await?;
+    tokio::time::sleep(LOOK).await;
+    ask(peers, Message::EndLook).await
+}
+
+async fn migration(State(peers): State<Peers>) -> Answer<MigrationStatus> {
+    Ok(Json(peers.monitor.status()))
+}
+
+async fn cancel(State(peers): State<Peers>) -> Answer<MigrationStatus> {
+    peers.monitor.cancel();
+    Ok(Json(peers.monitor.status()))
+}

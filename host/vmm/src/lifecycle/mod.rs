@@ -1,0 +1,322 @@
+//! One VM's life: a mailbox, a typed state, and the thread that owns the machine.
+//!
+//! ```text
+//!   HTTP interface ──┐
+//!   vCPU threads ────┤            ┌─► Phase (what is allowed when)
+//!   a move's thread ─┼─► Mailbox ─┤
+//!   signals, parent ─┘            └─► Machine (pause, resume, save, rebuild)
+//! ```
+//!
+//! Only this thread touches the machine, so no two of these ever act at once. Every request is
+//! answered. A move runs on a thread of its own and asks for the pause like everybody else.
+
+mod requests;
+mod state;
+
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use dunlin_api::error::chain;
+use dunlin_api::migration::{MigrateRequest, MigrationStatus, SaveRequest};
+use dunlin_api::status::{ExitReport, VmStatus};
+use dunlin_api::{ApiError, OnReboot, VmConfig};
+use dunlin_guest::SavedState;
+use dunlin_hypervisor::{EngineError, VcpuId};
+use tokio::sync::oneshot;
+
+use crate::machine::events::MachineEvent;
+use crate::machine::{Blueprint, Machine};
+use crate::moving::{MoveEnd, MoveMonitor};
+use requests::Look;
+pub(crate) use state::{Phase, Transition};
+
+/// How long a process keeps the report of a guest that has moved away.
+const LINGER: Duration = Duration::from_secs(60);
+
+/// Where an answer goes.
+pub(crate) type Reply<T> = oneshot::Sender<Result<T, ApiError>>;
+
+/// What the lifecycle is asked or told.
+pub(crate) enum Message {
+    /// What is the VM?
+    Status(Reply<VmStatus>),
+    /// What was asked for?
+    Config(Reply<VmConfig>),
+    /// Stop until resumed.
+    Pause(Reply<VmStatus>),
+    /// Go on.
+    Resume(Reply<VmStatus>),
+    /// End.
+    Stop(Reply<VmStatus>),
+    /// Save to a file.
+    Save(SaveRequest, Reply<VmStatus>),
+    /// Begin a move.
+    Migrate(MigrateRequest, Reply<MigrationStatus>),
+    /// Count exits and dirty pages from now on.
+    BeginLook(Reply<()>),
+    /// What was counted?
+    EndLook(Reply<ExitReport>),
+    /// A move asks.
+    Move(MoveCall),
+    /// A move is over.
+    MoveEnded(Box<MoveEnd>),
+    /// The machine tells.
+    Machine(MachineEvent),
+    /// This process was told to end.
+    End(&'static str),
+}
+
+/// What a move asks of the machine.
+pub(crate) enum MoveCall {
+    /// Stop for the hand-over.
+    Suspend(Reply<()>),
+    /// Go on: the hand-over is off.
+    TakeBack(Reply<()>),
+    /// The state of every component.
+    Save(Reply<Vec<SavedState>>),
+}
+
+/// Reaches the lifecycle from other threads.
+#[derive(Debug, Clone)]
+pub(crate) struct Mailbox(Sender<Message>);
+
+impl Mailbox {
+    /// A mailbox and its reading end.
+    pub(crate) fn new() -> (Self, Receiver<Message>) {
+        let (sender, receiver) = mpsc::channel();
+        (Self(sender), receiver)
+    }
+
+    /// Sends; when the lifecycle is over, whoever waits for an answer learns it from the reply.
+    pub(crate) fn send(&self, message: Message) {
+        let _over = self.0.send(message);
+    }
+}
+
+/// Why a VM ended.
+#[derive(Debug)]
+pub(crate) enum Ending {
+    /// The guest switched itself off.
+    PowerOff,
+    /// It rebooted, and was to end then.
+    Rebooted,
+    /// A user asked, or this process was told to end.
+    Stopped(&'static str),
+    /// It runs elsewhere.
+    Moved,
+    /// A processor met a triple fault.
+    TripleFault,
+    /// The engine failed.
+    Engine(EngineError),
+    /// A vCPU's thread panicked.
+    ThreadLost(VcpuId),
+    /// The reboot failed.
+    Reboot(ApiError),
+}
+
+impl Ending {
+    /// Is it what somebody wanted?
+    pub(crate) fn is_orderly(&self) -> bool {
+        matches!(
+            self,
+            Self::PowerOff | Self::Rebooted | Self::Stopped(_) | Self::Moved
+        )
+    }
+
+    fn describe(&self) -> String {
+        match self {
+            Self::PowerOff => "the guest switched itself off".into(),
+            Self::Rebooted => "the guest rebooted".into(),
+            Self::Stopped(why) => (*why).into(),
+            Self::Moved => "the guest runs on another host".into(),
+            Self::TripleFault => "a processor of the guest met a triple fault".into(),
+            Self::Engine(error) => chain(error),
+            Self::ThreadLost(id) => format!("the thread of processor {} failed", id.0),
+            Self::Reboot(error) => format!("the guest could not be rebooted: {error}"),
+        }
+    }
+}
+
+/// The owner of one machine.
+pub(crate) struct Lifecycle {
+    phase: Phase,
+    machine: Machine,
+    blueprint: Blueprint,
+    inbox: Receiver<Message>,
+    mailbox: Mailbox,
+    monitor: Arc<MoveMonitor>,
+    moving: Option<JoinHandle<()>>,
+    look: Option<Look>,
+    since: Instant,
+    ending: Option<Ending>,
+    /// The guest asked for a reset while it was being moved.
+    reset_pending: bool,
+    /// When the process ends although nobody fetched the report.
+    linger_until: Option<Instant>,
+}
+
+/// What a lifecycle needs besides its machine.
+pub(crate) struct Surroundings {
+    pub(crate) blueprint: Blueprint,
+    pub(crate) inbox: Receiver<Message>,
+    pub(crate) mailbox: Mailbox,
+    pub(crate) monitor: Arc<MoveMonitor>,
+}
+
+impl Lifecycle {
+    /// The life of `machine`, which is in `phase`.
+    pub(crate) fn new(machine: Machine, phase: Phase, surroundings: Surroundings) -> Self {
+        let Surroundings {
+            blueprint,
+            inbox,
+            mailbox,
+            monitor,
+        } = surroundings;
+        Self {
+            phase,
+            machine,
+            blueprint,
+            inbox,
+            mailbox,
+            monitor,
+            moving: None,
+            look: None,
+            since: Instant::now(),
+            ending: None,
+            reset_pending: false,
+            linger_until: None,
+        }
+    }
+
+    /// Lets the guest run for the first time here.
+    pub(crate) fn start(&mut self) -> Result<(), ApiError> {
+        let next = self.phase.after(Transition::Start)?;
+        self.machine.resume().map_err(|error| requests::host(&error))?;
+        self.phase = next;
+        Ok(())
+    }
+
+    /// Was the machine built but not started?
+    pub(crate) fn needs_start(&self) -> bool {
+        self.phase == Phase::Created
+    }
+
+    /// Serves the mailbox until the VM has ended.
+    pub(crate) fn run(mut self) -> (Ending, VmStatus) {
+        // While a move runs its thread holds the guest's memory and may have given it away:
+        // nothing ends before it has said what came of it.
+        while self.ending.is_none() || self.moving.is_some() {
+            match self.next_message() {
+                Some(message) => self.handle(message),
+                None => self.ending = Some(Ending::Moved),
+            }
+        }
+        let ending = self
+            .ending
+            .take()
+            .unwrap_or(Ending::Stopped("the process ended"));
+        if self.phase == Phase::Running {
+            // Devices flush what they hold.
+            if let Err(error) = self.machine.pause(crate::machine::DiskLocks::Release) {
+                tracing::error!(error = chain(&error), "devices did not stop in order");
+            }
+        }
+        let mut status = self.status();
+        if self.phase != Phase::Moved {
+            status.state = Phase::Stopped.to_api();
+        }
+        status.reason = Some(ending.describe());
+        (ending, status)
+    }
+
+    /// The next message; `None` when the time to wait for it is over.
+    fn next_message(&self) -> Option<Message> {
+        let Some(until) = self.linger_until else {
+            // We hold a sender ourselves, so the channel cannot close.
+            return self.inbox.recv().ok();
+        };
+        let left = until.saturating_duration_since(Instant::now());
+        match self.inbox.recv_timeout(left) {
+            Ok(message) => Some(message),
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
+        }
+    }
+
+    fn handle(&mut self, message: Message) {
+        match message {
+            Message::Status(reply) => answer(reply, Ok(self.status())),
+            Message::Config(reply) => answer(reply, Ok(self.machine.config().clone())),
+            Message::Pause(reply) => answer(reply, self.pause()),
+            Message::Resume(reply) => answer(reply, self.resume()),
+            Message::Stop(reply) => answer(reply, self.stop()),
+            Message::Save(request, reply) => answer(reply, self.save(&request)),
+            Message::Migrate(request, reply) => answer(reply, self.migrate(request)),
+            Message::BeginLook(reply) => answer(reply, self.begin_look()),
+            Message::EndLook(reply) => answer(reply, self.end_look()),
+            Message::Move(call) => self.serve_move(call),
+            Message::MoveEnded(end) => self.move_ended(*end),
+            Message::Machine(event) => self.machine_event(event),
+            Message::End(why) => self.end(Ending::Stopped(why)),
+        }
+    }
+
+    /// The VM ends as soon as no move is under way.
+    fn end(&mut self, ending: Ending) {
+        tracing::info!(reason = ending.describe(), "the VM ends");
+        self.monitor.cancel();
+        // The first reason is the cause of the others.
+        self.ending.get_or_insert(ending);
+    }
+
+    fn machine_event(&mut self, event: MachineEvent) {
+        match event {
+            MachineEvent::PowerOff => self.end(Ending::PowerOff),
+            MachineEvent::Reset => self.reset(),
+            MachineEvent::TripleFault => self.end(Ending::TripleFault),
+            MachineEvent::EngineFailed(error) => self.end(Ending::Engine(error)),
+            MachineEvent::ThreadLost(id) => self.end(Ending::ThreadLost(id)),
+        }
+    }
+
+    /// The guest asked for a reset: everything is built anew, which leaves nothing over.
+    fn reset(&mut self) {
+        if self.machine.config().on_reboot == OnReboot::Stop {
+            return self.end(Ending::Rebooted);
+        }
+        if self.moving.is_some() {
+            // The move works on this machine's memory: it must let go first.
+            self.reset_pending = true;
+            self.monitor.cancel();
+            return;
+        }
+        self.reset_pending = false;
+        tracing::info!("the guest reboots");
+        if let Err(error) = self.rebuild() {
+            self.end(Ending::Reboot(error));
+        }
+    }
+
+    /// The VM now.
+    pub(crate) fn status(&self) -> VmStatus {
+        let config = self.machine.config();
+        VmStatus {
+            version: dunlin_api::VERSION,
+            name: config.name.clone(),
+            pid: std::process::id(),
+            state: self.phase.to_api(),
+            engine: self.machine.engine_name().into(),
+            engine_reason: self.machine.engine_reason().into(),
+            cpus: config.cpus,
+            memory_bytes: config.memory_bytes,
+            uptime_ms: u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX),
+            reason: self.ending.as_ref().map(Ending::describe),
+        }
+    }
+}
+
+/// Answers; whoever asked may be gone.
+fn answer<T>(reply: Reply<T>, result: Result<T, ApiError>) {
+    let _gone = reply.send(result);
+}

@@ -1,0 +1,249 @@
+//! What the lifecycle does for each request.
+
+use std::time::Instant;
+
+use dunlin_api::error::chain;
+use dunlin_api::migration::{MigrateRequest, MigrationStatus, SaveRequest};
+use dunlin_api::status::{ExitCounts, ExitReport, VmStatus};
+use dunlin_api::{ApiError, ErrorCode};
+use dunlin_guest::{PAGE_SIZE, PageSet};
+
+use super::{Ending, LINGER, Lifecycle, MoveCall, Phase, Transition, answer};
+use crate::machine::{DiskLocks, assemble};
+use crate::moving::{self, MoveEnd, MoveOutcome};
+
+/// A count under way.
+#[derive(Debug)]
+pub(super) struct Look {
+    since: Instant,
+    exits: Vec<ExitCounts>,
+    /// Dirty pages are counted: the guest runs and no move harvests the log.
+    dirty: bool,
+}
+
+/// The host refused.
+pub(super) fn host(error: &(dyn std::error::Error + 'static)) -> ApiError {
+    ApiError::from_chain(ErrorCode::Host, error)
+}
+
+impl Lifecycle {
+    /// Refuses while a move is under way.
+    fn not_moving(&self, action: &str) -> Result<(), ApiError> {
+        if self.moving.is_none() {
+            return Ok(());
+        }
+        let name = &self.machine.config().name;
+        Err(ApiError::new(
+            ErrorCode::Busy,
+            format!("cannot {action} VM \"{name}\": it is being moved"),
+        )
+        .with_hint("wait for the move to end, or interrupt \"dunlin migrate\" to cancel it"))
+    }
+
+    pub(super) fn pause(&mut self) -> Result<VmStatus, ApiError> {
+        self.not_moving("pause")?;
+        let next = self.phase.after(Transition::Pause)?;
+        if self.phase == Phase::Running {
+            self.drop_look();
+            self.machine.pause(DiskLocks::Keep).map_err(|error| host(&error))?;
+        }
+        self.phase = next;
+        Ok(self.status())
+    }
+
+    pub(super) fn resume(&mut self) -> Result<VmStatus, ApiError> {
+        self.not_moving("resume")?;
+        let next = self.phase.after(Transition::Resume)?;
+        if self.phase != Phase::Running {
+            self.machine.resume().map_err(|error| host(&error))?;
+        }
+        self.phase = next;
+        Ok(self.status())
+    }
+
+    pub(super) fn stop(&mut self) -> Result<VmStatus, ApiError> {
+        self.not_moving("stop")?;
+        let ending = match self.phase {
+            Phase::Moved => Ending::Moved,
+            _ => Ending::Stopped("stopped by request"),
+        };
+        self.end(ending);
+        Ok(self.status())
+    }
+
+    /// Saves to a file; the guest stays paused, since a copy that runs on beside the file would
+    /// share its disks and its identity.
+    pub(super) fn save(&mut self, request: &SaveRequest) -> Result<VmStatus, ApiError> {
+        self.not_moving("save")?;
+        let status = self.pause()?;
+        moving::save_to_file(&self.machine, &request.to)?;
+        Ok(status)
+    }
+
+    pub(super) fn migrate(&mut self, request: MigrateRequest) -> Result<MigrationStatus, ApiError> {
+        self.not_moving("move")?;
+        if self.phase != Phase::Running {
+            let name = &self.machine.config().name;
+            return Err(ApiError::new(
+                ErrorCode::WrongState,
+                format!("cannot move VM \"{name}\": it does not run"),
+            )
+            .with_hint(format!("\"dunlin resume {name}\" lets it run")));
+        }
+        self.drop_look();
+        let departure = moving::Departure {
+            memory: self.machine.memory().clone(),
+            vm: self.machine.vm().clone(),
+            config: self.machine.config().clone(),
+            mailbox: self.mailbox.clone(),
+            monitor: self.monitor.clone(),
+        };
+        self.moving = Some(moving::start(departure, request)?);
+        Ok(self.monitor.status())
+    }
+
+    pub(super) fn serve_move(&mut self, call: MoveCall) {
+        match call {
+            MoveCall::Suspend(reply) => answer(reply, self.suspend()),
+            MoveCall::TakeBack(reply) => answer(reply, self.take_back()),
+            MoveCall::Save(reply) => {
+                let states = self.machine.save();
+                answer(reply, states.map_err(|error| host(&error)));
+            }
+        }
+    }
+
+    fn suspend(&mut self) -> Result<(), ApiError> {
+        let next = self.phase.after(Transition::Suspend)?;
+        self.machine.pause(DiskLocks::Release).map_err(|error| host(&error))?;
+        // A guest that has just asked for its end must not go on elsewhere behind that request.
+        if self.blueprint.events.machine_must_stop() {
+            return Err(ApiError::new(
+                ErrorCode::WrongState,
+                "the guest is switching itself off",
+            ));
+        }
+        self.phase = next;
+        Ok(())
+    }
+
+    fn take_back(&mut self) -> Result<(), ApiError> {
+        let next = self.phase.after(Transition::TakeBack)?;
+        self.machine.resume().map_err(|error| host(&error))?;
+        self.phase = next;
+        Ok(())
+    }
+
+    pub(super) fn move_ended(&mut self, end: MoveEnd) {
+        if let Some(thread) = self.moving.take() {
+            // Its last act was to send this message.
+            let _panicked = thread.join();
+        }
+        let transition = match end.outcome {
+            MoveOutcome::Moved => Some(Transition::HandOver),
+            MoveOutcome::InDoubt => Some(Transition::Doubt),
+            // Taken back already, or never suspended.
+            MoveOutcome::Here => None,
+        };
+        if let Some(transition) = transition {
+            match self.phase.after(transition) {
+                Ok(next) => self.phase = next,
+                Err(error) => tracing::error!(%error, "the move's end does not fit"),
+            }
+        }
+        if self.phase == Phase::Moved {
+            self.linger_until = Some(Instant::now() + LINGER);
+            self.blueprint.console.close();
+        }
+        self.monitor.finish(end);
+        if self.reset_pending {
+            self.reset();
+        }
+    }
+
+    /// Builds the machine anew and boots it.
+    pub(super) fn rebuild(&mut self) -> Result<(), ApiError> {
+        self.drop_look();
+        self.machine.pause(DiskLocks::Release).map_err(|error| host(&error))?;
+        self.blueprint.events = self.blueprint.events.renew();
+        let machine = assemble(&self.blueprint).map_err(|error| host(&error))?;
+        machine.load_kernel().map_err(|error| host(&error))?;
+        machine.resume().map_err(|error| host(&error))?;
+        self.machine = machine;
+        Ok(())
+    }
+
+    fn drop_look(&mut self) {
+        if self.look.take().is_some_and(|look| look.dirty)
+            && let Err(error) = self.machine.vm().stop_dirty_tracking()
+        {
+            tracing::warn!(error = chain(&error), "dirty tracking stays on");
+        }
+    }
+
+    pub(super) fn begin_look(&mut self) -> Result<(), ApiError> {
+        self.drop_look();
+        let dirty = self.phase == Phase::Running && self.moving.is_none();
+        if dirty {
+            self.machine.vm().start_dirty_tracking().map_err(|error| host(&error))?;
+            self.harvest()?;
+        }
+        self.look = Some(Look {
+            since: Instant::now(),
+            exits: self.machine.exits().map_err(|error| host(&error))?,
+            dirty,
+        });
+        Ok(())
+    }
+
+    pub(super) fn end_look(&mut self) -> Result<ExitReport, ApiError> {
+        let cpus = self.machine.exits().map_err(|error| host(&error))?;
+        let look = self.look.take();
+        let Some(look) = look else {
+            return Ok(ExitReport {
+                cpus,
+                interval_ms: 0,
+                instructions_per_second: 0.0,
+                exits_per_second: 0.0,
+                dirty_pages_per_second: None,
+            });
+        };
+        let interval = look.since.elapsed();
+        let seconds = interval.as_secs_f64().max(1e-6);
+        let dirty = if look.dirty {
+            let pages = self.harvest()?;
+            self.machine.vm().stop_dirty_tracking().map_err(|error| host(&error))?;
+            Some(pages as f64 / seconds)
+        } else {
+            None
+        };
+        let rate = |pick: fn(&ExitCounts) -> u64| {
+            let sum = |counts: &[ExitCounts]| counts.iter().map(pick).sum::<u64>();
+            sum(&cpus).saturating_sub(sum(&look.exits)) as f64 / seconds
+        };
+        Ok(ExitReport {
+            interval_ms: u64::try_from(interval.as_millis()).unwrap_or(u64::MAX),
+            instructions_per_second: rate(|counts| counts.instructions),
+            exits_per_second: rate(|counts| {
+                counts.port_reads
+                    + counts.port_writes
+                    + counts.mmio_reads
+                    + counts.mmio_writes
+                    + counts.halts
+                    + counts.kicks
+                    + counts.end_of_interrupts
+            }),
+            dirty_pages_per_second: dirty,
+            cpus,
+        })
+    }
+
+    /// Empties the dirty log; returns how many pages it held. Never while a move reads it.
+    fn harvest(&self) -> Result<u64, ApiError> {
+        let memory = self.machine.memory();
+        self.machine.vm().collect_dirty().map_err(|error| host(&error))?;
+        let mut pages = PageSet::new(memory.size() / PAGE_SIZE);
+        memory.dirty_log().harvest(&mut pages);
+        Ok(pages.len())
+    }
+}

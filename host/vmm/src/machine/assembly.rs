@@ -1,0 +1,268 @@
+//! Builds a machine from a configuration. It is paused, and its memory is untouched.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use dunlin_api::{DiskConfig, MacText, NetConfig, VmConfig};
+use dunlin_devices::bus::{Bus, RangeError};
+use dunlin_devices::component::Component;
+use dunlin_devices::ioapic::IoApic;
+use dunlin_devices::pci::{Address, DoorbellHost, Function, RootComplex, RootError};
+use dunlin_devices::power::PowerDevice;
+use dunlin_devices::serial::Serial;
+use dunlin_devices::virtio::VirtioDevice;
+use dunlin_devices::virtio::block::Block;
+use dunlin_devices::virtio::entropy::Entropy;
+use dunlin_devices::virtio::net::Net;
+use dunlin_devices::virtio::pci::{VirtioPci, VirtioPciError};
+use dunlin_guest::{Doorbell, Memory, MemoryError, MsiSink, layout};
+use dunlin_hypervisor::{EngineError, VcpuId, Vm};
+use dunlin_storage::{DiskError, DiskMode, ImageLock, RawDisk};
+use dunlin_vswitch::{MacAddress, PortError, UnixPort};
+use dunlin_x86::cpuid::{Baseline, X86_64_V2};
+
+use super::events::MachineEvents;
+use super::vcpu::{Buses, VcpuError, VcpuThread};
+use super::{Machine, engine};
+use crate::console::ConsoleHub;
+
+/// What a machine is built from.
+#[derive(Debug, Clone)]
+pub(crate) struct Blueprint {
+    /// The VM.
+    pub(crate) config: VmConfig,
+    /// Where its network ports make their sockets.
+    pub(crate) directory: PathBuf,
+    /// Its console.
+    pub(crate) console: Arc<ConsoleHub>,
+    /// Who hears of it.
+    pub(crate) events: MachineEvents,
+}
+
+/// Why a machine could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum AssemblyError {
+    /// No such CPU baseline.
+    #[error("there is no processor baseline \"{name}\"; known are {known}")]
+    Baseline {
+        /// What was asked for.
+        name: String,
+        /// What there is.
+        known: String,
+    },
+    /// No memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// No engine.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// No processor.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// Two devices at one address.
+    #[error("failed to place a device")]
+    Range(#[from] RangeError),
+    /// No room on PCI.
+    #[error("failed to place a PCI device")]
+    Pci(#[from] RootError),
+    /// A virtio device could not be made.
+    #[error(transparent)]
+    Virtio(#[from] VirtioPciError),
+    /// A disk cannot be opened.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// A network port cannot be opened.
+    #[error("failed to connect network device {index} of VM \"{vm}\"")]
+    Net {
+        /// Its index.
+        index: usize,
+        /// The VM.
+        vm: dunlin_api::VmName,
+        /// Why.
+        #[source]
+        source: PortError,
+    },
+}
+
+/// Builds a machine.
+pub(crate) fn assemble(blueprint: &Blueprint) -> Result<Machine, AssemblyError> {
+    let config = &blueprint.config;
+    let memory = Memory::new(config.memory_bytes)?;
+    let baseline = baseline(config.baseline.as_deref())?;
+    let chosen = engine::choose(config.engine, &memory, baseline, config.cpus)?;
+    let vm = chosen.vm;
+    let chipset = Chipset::build(&vm, blueprint)?;
+    let mut builder = PciBuilder {
+        root: &chipset.root,
+        memory: &memory,
+        sink: vm.msi_sink(),
+        next_device: 1,
+        functions: Vec::new(),
+    };
+    let mut locks = Vec::new();
+    builder.add(Box::new(Entropy::new()))?;
+    for (index, (net, mac)) in config.nets.iter().zip(config.macs()).enumerate() {
+        let port = open_port(blueprint, index, net)?;
+        builder.add(Box::new(Net::new(Box::new(port), mac_address(mac))))?;
+    }
+    for (index, disk) in config.disks.iter().enumerate() {
+        let (disk, lock) = open_disk(disk)?;
+        locks.push(lock);
+        builder.add(Box::new(Block::new(Box::new(disk), &format!("disk{index}"))))?;
+    }
+    let functions = builder.functions;
+    let vcpus = start_vcpus(&vm, &chipset.buses, blueprint)?;
+    blueprint.console.connect(Arc::clone(&chipset.serial));
+    let mut components = functions;
+    components.extend(chipset.components());
+    Ok(Machine {
+        config: config.clone(),
+        engine_reason: chosen.reason,
+        vcpus,
+        memory,
+        vm,
+        components,
+        locks,
+        power: chipset.power,
+    })
+}
+
+fn baseline(name: Option<&str>) -> Result<&'static Baseline, AssemblyError> {
+    let Some(name) = name else {
+        return Ok(&X86_64_V2);
+    };
+    Baseline::named(name).ok_or_else(|| AssemblyError::Baseline {
+        name: name.to_owned(),
+        known: Baseline::all().map(Baseline::name).join(", "),
+    })
+}
+
+/// The devices that every machine has.
+struct Chipset {
+    buses: Buses,
+    serial: Arc<Serial>,
+    power: Arc<PowerDevice>,
+    root: Arc<RootComplex>,
+}
+
+impl Chipset {
+    fn build(vm: &Arc<dyn Vm>, blueprint: &Blueprint) -> Result<Self, AssemblyError> {
+        let (ports, mmio) = (Bus::new(), Bus::new());
+        let ioapic = IoApic::new(vm.msi_sink());
+        mmio.insert(layout::IOAPIC_START, layout::IOAPIC_SIZE, ioapic.clone())?;
+        let serial = Serial::new(ioapic.pin(layout::SERIAL_IRQ), blueprint.console.clone());
+        serial.attach(&ports)?;
+        let events = Arc::new(blueprint.events.clone());
+        let power = PowerDevice::new(events.clone(), ioapic.pin(layout::SCI_IRQ));
+        power.attach(&ports)?;
+        let root = RootComplex::new(mmio.clone(), Arc::new(EngineDoorbells(Arc::clone(vm))));
+        root.attach(&ports, events)?;
+        let buses = Buses {
+            ports,
+            mmio,
+            ioapic,
+        };
+        Ok(Self {
+            buses,
+            serial,
+            power,
+            root,
+        })
+    }
+
+    /// In the order in which they go on: the root complex maps what the others answer at.
+    fn components(&self) -> [Arc<dyn Component>; 4] {
+        [
+            self.root.clone(),
+            self.buses.ioapic.clone(),
+            self.serial.clone(),
+            self.power.clone(),
+        ]
+    }
+}
+
+/// Puts virtio devices on bus 0, in the order of their addition.
+struct PciBuilder<'a> {
+    root: &'a RootComplex,
+    memory: &'a Memory,
+    sink: Arc<dyn MsiSink>,
+    next_device: u8,
+    functions: Vec<Arc<dyn Component>>,
+}
+
+impl PciBuilder<'_> {
+    fn add(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), AssemblyError> {
+        let address = Address::device(self.next_device);
+        let sink = Arc::clone(&self.sink);
+        let function = VirtioPci::new(address, device, self.memory.clone(), sink)?;
+        self.root
+            .add(address, function.clone() as Arc<dyn Function>)?;
+        self.next_device += 1;
+        self.functions.push(function);
+        Ok(())
+    }
+}
+
+fn mac_address(mac: MacText) -> MacAddress {
+    MacAddress(mac.0)
+}
+
+fn open_port(
+    blueprint: &Blueprint,
+    index: usize,
+    net: &NetConfig,
+) -> Result<UnixPort, AssemblyError> {
+    let name = format!("net{index}");
+    UnixPort::open(&name, &blueprint.directory, Path::new(&net.switch)).map_err(|source| {
+        AssemblyError::Net {
+            index,
+            vm: blueprint.config.name.clone(),
+            source,
+        }
+    })
+}
+
+fn open_disk(disk: &DiskConfig) -> Result<(RawDisk, ImageLock), AssemblyError> {
+    let mode = if disk.read_only {
+        DiskMode::ReadOnly
+    } else {
+        DiskMode::ReadWrite
+    };
+    let disk = RawDisk::open(&disk.path, mode)?;
+    let lock = disk.lock().clone();
+    Ok((disk, lock))
+}
+
+fn start_vcpus(
+    vm: &Arc<dyn Vm>,
+    buses: &Buses,
+    blueprint: &Blueprint,
+) -> Result<Vec<VcpuThread>, AssemblyError> {
+    (0..blueprint.config.cpus)
+        .map(|index| {
+            let id = VcpuId(index);
+            let vcpu = vm.create_vcpu(id)?;
+            let thread = VcpuThread::start(id, vcpu, buses.clone(), blueprint.events.clone())?;
+            Ok(thread)
+        })
+        .collect()
+}
+
+/// Tells the engine where doorbells lie. An engine that refuses costs speed only: the write then
+/// reaches the device as any other.
+#[derive(Debug)]
+struct EngineDoorbells(Arc<dyn Vm>);
+
+impl DoorbellHost for EngineDoorbells {
+    fn add(&self, doorbell: &Doorbell) {
+        if let Err(error) = self.0.add_doorbell(doorbell) {
+            tracing::warn!(address = doorbell.address, %error, "doorbell goes the long way");
+        }
+    }
+
+    fn remove(&self, doorbell: &Doorbell) {
+        if let Err(error) = self.0.remove_doorbell(doorbell) {
+            tracing::warn!(address = doorbell.address, %error, "doorbell stays");
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! A guest that leaves: a thread that walks migration's source, and asks the lifecycle for the
+//! pause as everybody does.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use dunlin_api::migration::{Endpoint, MigrateRequest, MigrationReport, Verify};
+use dunlin_api::{ApiError, ErrorCode, VmConfig};
+use dunlin_guest::{Memory, SavedState};
+use dunlin_hypervisor::Vm;
+use dunlin_migration::transport::{Connector, TcpConnector, UnixConnector};
+use dunlin_migration::{
+    MachineError, MigrationError, MigrationFailure, MigrationOptions, Source, SourceMachine,
+    Verification, Whereabouts,
+};
+use tokio::sync::oneshot;
+
+use super::{MoveEnd, MoveMonitor, MoveOutcome, encode_config, machine_error};
+use crate::lifecycle::{Mailbox, Message, MoveCall, Reply};
+
+/// What a move needs of the machine.
+pub(crate) struct Departure {
+    pub(crate) memory: Memory,
+    pub(crate) vm: Arc<dyn Vm>,
+    pub(crate) config: VmConfig,
+    pub(crate) mailbox: Mailbox,
+    pub(crate) monitor: Arc<MoveMonitor>,
+}
+
+/// Begins a move on a thread of its own; its last message is `MoveEnded`.
+pub(crate) fn start(
+    mut departure: Departure,
+    request: MigrateRequest,
+) -> Result<JoinHandle<()>, ApiError> {
+    let cancel = departure.monitor.begin();
+    let monitor = Arc::clone(&departure.monitor);
+    let mailbox = departure.mailbox.clone();
+    let work = move || {
+        let mut guard = EndGuard {
+            mailbox,
+            end: Some(lost()),
+        };
+        let mut connector = connector(&request.to);
+        let progress = Arc::clone(&departure.monitor);
+        let source = Source::new(options(&request))
+            .cancel(cancel)
+            .progress(move |now| progress.progress(now));
+        let result = source.run(&mut departure, &mut *connector);
+        guard.end = Some(end(result));
+    };
+    std::thread::Builder::new()
+        .name("migration".into())
+        .spawn(work)
+        .map_err(|error| {
+            let refused = ApiError::from_chain(ErrorCode::Host, &error);
+            monitor.finish(MoveEnd {
+                outcome: MoveOutcome::Here,
+                report: MigrationReport::default(),
+                error: Some(refused.clone()),
+            });
+            refused
+        })
+}
+
+/// Tells the lifecycle that the move is over, however its thread ends.
+struct EndGuard {
+    mailbox: Mailbox,
+    end: Option<MoveEnd>,
+}
+
+impl Drop for EndGuard {
+    fn drop(&mut self) {
+        if let Some(end) = self.end.take() {
+            self.mailbox.send(Message::MoveEnded(Box::new(end)));
+        }
+    }
+}
+
+/// The end of a move whose thread panicked: where the guest is, the lifecycle's phase knows.
+fn lost() -> MoveEnd {
+    MoveEnd {
+        outcome: MoveOutcome::InDoubt,
+        report: MigrationReport::default(),
+        error: Some(ApiError::new(
+            ErrorCode::Host,
+            "the thread that moved the guest failed",
+        )),
+    }
+}
+
+fn options(request: &MigrateRequest) -> MigrationOptions {
+    let defaults = MigrationOptions::default();
+    MigrationOptions {
+        downtime_limit: Duration::from_millis(request.downtime_ms),
+        bandwidth_limit: request.bandwidth,
+        max_rounds: request.max_rounds.unwrap_or(defaults.max_rounds),
+        verification: match request.verify {
+            Verify::Off => Verification::Off,
+            Verify::After => Verification::AfterHandOver,
+            Verify::Before => Verification::BeforeHandOver,
+        },
+        ..defaults
+    }
+}
+
+fn connector(to: &Endpoint) -> Box<dyn Connector> {
+    match to {
+        Endpoint::Tcp(address) => Box::new(TcpConnector::new(*address)),
+        Endpoint::Unix(path) => Box::new(UnixConnector::new(path)),
+    }
+}
+
+fn end(result: Result<dunlin_migration::MigrationReport, Box<MigrationFailure>>) -> MoveEnd {
+    match result {
+        Ok(report) => MoveEnd {
+            outcome: MoveOutcome::Moved,
+            report: to_api(&report),
+            error: None,
+        },
+        Err(failure) => {
+            let code = match failure.error {
+                MigrationError::Cancelled => ErrorCode::Cancelled,
+                MigrationError::Transport(_)
+                | MigrationError::Protocol(_)
+                | MigrationError::Peer { .. }
+                | MigrationError::InDoubt => ErrorCode::Peer,
+                _ => ErrorCode::Host,
+            };
+            MoveEnd {
+                outcome: match failure.guest {
+                    Whereabouts::RunsHere | Whereabouts::PausedHere => MoveOutcome::Here,
+                    Whereabouts::InDoubt(_) => MoveOutcome::InDoubt,
+                },
+                report: to_api(&failure.report),
+                error: Some(ApiError::from_chain(code, &*failure)),
+            }
+        }
+    }
+}
+
+/// The wire form of a report has the same fields; a test holds the two together.
+fn to_api(report: &dunlin_migration::MigrationReport) -> MigrationReport {
+    let value = serde_json::to_value(report);
+    match value.and_then(serde_json::from_value) {
+        Ok(report) => report,
+        Err(error) => {
+            tracing::error!(%error, "the report cannot be told");
+            MigrationReport::default()
+        }
+    }
+}
+
+impl Departure {
+    /// Asks the lifecycle and waits for its answer.
+    fn call<T>(
+        &self,
+        action: &'static str,
+        call: impl FnOnce(Reply<T>) -> MoveCall,
+    ) -> Result<T, MachineError> {
+        let (reply, answer) = oneshot::channel();
+        self.mailbox.send(Message::Move(call(reply)));
+        match answer.blocking_recv() {
+            Ok(result) => result.map_err(|error| machine_error(action, error)),
+            Err(gone) => Err(machine_error(action, gone)),
+        }
+    }
+}
+
+impl SourceMachine for Departure {
+    fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    fn configuration(&self) -> Vec<u8> {
+        encode_config(&self.config)
+    }
+
+    fn start_dirty_tracking(&mut self) -> Result<(), MachineError> {
+        let started = self.vm.start_dirty_tracking();
+        started.map_err(|error| machine_error("track written pages", error))
+    }
+
+    fn collect_dirty(&mut self) -> Result<(), MachineError> {
+        let collected = self.vm.collect_dirty();
+        collected.map_err(|error| machine_error("collect written pages", error))
+    }
+
+    fn stop_dirty_tracking(&mut self) -> Result<(), MachineError> {
+        let stopped = self.vm.stop_dirty_tracking();
+        stopped.map_err(|error| machine_error("end the tracking of written pages", error))
+    }
+
+    fn pause(&mut self) -> Result<(), MachineError> {
+        self.call("pause", MoveCall::Suspend)
+    }
+
+    fn resume(&mut self) -> Result<(), MachineError> {
+        self.call("resume", MoveCall::TakeBack)
+    }
+
+    fn save(&mut self) -> Result<Vec<SavedState>, MachineError> {
+        self.call("save its state", MoveCall::Save)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_field_of_a_report_is_lost_on_the_way() {
+        let report = dunlin_migration::MigrationReport {
+            rounds: vec![dunlin_migration::RoundReport {
+                round: 3,
+                kind: dunlin_migration::RoundKind::TakenBack,
+                pages: 7,
+                zero_pages: 8,
+                bytes: 9,
+                start_ms: 1.5,
+                duration_ms: 2.5,
+                goodput: 3.5,
+                dirtied_pages: 10,
+                dirty_rate: 4.5,
+            }],
+            blackout_ms: Some(12.5),
+            switch_over: Some(dunlin_migration::SwitchOverReport::default()),
+            destination: Some(dunlin_migration::DestinationReport::default()),
+            verified: Some(true),
+            ram_hash: Some("ab".into()),
+            ..dunlin_migration::MigrationReport::default()
+        };
+        let there = serde_json::to_value(to_api(&report)).unwrap();
+        assert_eq!(there, serde_json::to_value(&report).unwrap());
+    }
+}

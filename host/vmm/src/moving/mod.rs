@@ -1,0 +1,47 @@
+//! The machine as migration sees it: leaving, arriving, into a file and out of one.
+
+mod arrival;
+mod departure;
+mod file;
+mod monitor;
+
+pub(crate) use arrival::{ArrivingMachine, Build};
+pub(crate) use departure::{Departure, start};
+pub(crate) use file::{restore_from_file, save_to_file};
+pub use file::describe_snapshot;
+pub(crate) use monitor::{MoveEnd, MoveMonitor, MoveOutcome};
+
+use dunlin_api::{ApiError, ErrorCode, VmConfig};
+use dunlin_migration::MachineError;
+
+/// What migration is told when the machine refuses.
+fn machine_error(
+    action: &'static str,
+    source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+) -> MachineError {
+    MachineError {
+        action,
+        source: source.into(),
+    }
+}
+
+/// A configuration as it travels.
+pub(crate) fn encode_config(config: &VmConfig) -> Vec<u8> {
+    // Plain data with text keys: writing it to memory cannot fail, and an empty configuration is
+    // refused by whoever reads it.
+    serde_json::to_vec(config).unwrap_or_default()
+}
+
+/// Reads a configuration that a peer or a file says; it is untrusted.
+pub(crate) fn decode_config(bytes: &[u8]) -> Result<VmConfig, ApiError> {
+    let config: VmConfig = serde_json::from_slice(bytes).map_err(|error| {
+        ApiError::new(
+            ErrorCode::InvalidRequest,
+            format!("the guest's configuration is unreadable: {error}"),
+        )
+    })?;
+    config
+        .validate()
+        .map_err(|error| ApiError::from_chain(ErrorCode::InvalidRequest, &error))?;
+    Ok(config)
+}

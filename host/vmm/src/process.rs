@@ -1,0 +1,263 @@
+//! The walk of one VM's process, from its launch specification to its end.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use dunlin_api::launch::{DETACH, GuestOrigin, LaunchReply, LaunchSpec, Overrides, StandardInput};
+use dunlin_api::migration::Endpoint;
+use dunlin_api::place::RuntimeDirectory;
+use dunlin_api::status::VmStatus;
+use dunlin_api::{ApiError, ErrorCode, VERSION, VmConfig};
+use dunlin_migration::transport::Listener;
+use dunlin_migration::{CancelToken, Destination, DestinationOptions, MigrationError, Witness};
+
+use crate::console::ConsoleHub;
+use crate::interface::{Interface, Peers, Sockets};
+use crate::isolation;
+use crate::lifecycle::{Ending, Lifecycle, Mailbox, Message, Phase, Surroundings};
+use crate::machine::events::MachineEvents;
+use crate::moving::{ArrivingMachine, Build, MoveMonitor, encode_config, restore_from_file};
+use crate::place::ClaimedPlace;
+
+/// Is the process of one VM, until the VM has ended.
+pub fn run(spec: LaunchSpec) -> ExitCode {
+    let mut parent = Parent(io::stdout());
+    match live(spec, &mut parent) {
+        Ok((ending, status)) => {
+            let orderly = ending.is_orderly();
+            if !orderly {
+                tracing::error!(reason = status.reason, "the VM ended");
+            }
+            parent.tell(&LaunchReply::Ended(status));
+            if orderly {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            }
+        }
+        Err(error) => {
+            tracing::error!(%error, "the VM did not start");
+            parent.tell(&LaunchReply::Failed(error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whoever started this process, as long as it listens.
+struct Parent(io::Stdout);
+
+impl Parent {
+    fn tell(&mut self, reply: &LaunchReply) {
+        let mut out = self.0.lock();
+        // A parent that went away does not want to know.
+        let _gone = serde_json::to_writer(&mut out, reply)
+            .map_err(io::Error::from)
+            .and_then(|()| out.write_all(b"\n"))
+            .and_then(|()| out.flush());
+    }
+}
+
+fn host(error: &(dyn std::error::Error + 'static)) -> ApiError {
+    ApiError::from_chain(ErrorCode::Host, error)
+}
+
+fn live(spec: LaunchSpec, parent: &mut Parent) -> Result<(Ending, VmStatus), ApiError> {
+    if spec.version > VERSION {
+        return Err(ApiError::new(
+            ErrorCode::InvalidRequest,
+            format!(
+                "launch specification has version {}, newer than the supported {VERSION}",
+                spec.version
+            ),
+        ));
+    }
+    // Out of the parent's session: its terminal's signals are not ours.
+    let _already_leader = rustix::process::setsid();
+    isolation::drop_capabilities().map_err(|error| host(&error))?;
+    let (mailbox, inbox) = Mailbox::new();
+    let peers = Peers {
+        mailbox: mailbox.clone(),
+        monitor: Arc::new(MoveMonitor::new()),
+        console: ConsoleHub::new(),
+        waiting: CancelToken::new(),
+    };
+    let interface = Interface::start(peers.clone()).map_err(|error| host(&error))?;
+    if spec.standard_input == StandardInput::Lifeline {
+        watch_parent(&peers).map_err(|error| host(&error))?;
+    }
+    // Before anything foreign is read: a kernel, a peer's words, a saved file.
+    isolation::confine().map_err(|error| host(&error))?;
+    let runtime = RuntimeDirectory::at(&spec.runtime);
+    let result = arrive(spec.guest, runtime, &peers, parent).and_then(|arrived| {
+        let surroundings = Surroundings {
+            blueprint: arrived.guest.blueprint,
+            inbox,
+            mailbox,
+            monitor: Arc::clone(&peers.monitor),
+        };
+        let lifecycle = Lifecycle::new(arrived.guest.machine, arrived.phase, surroundings);
+        let outcome = serve(lifecycle, &arrived.guest.place, &interface, parent);
+        peers.console.close();
+        if let Some(witness) = arrived.witness {
+            settle(&witness);
+        }
+        Ok((outcome?, arrived.guest.place))
+    });
+    interface.finish();
+    let (outcome, place) = result?;
+    drop(place);
+    Ok(outcome)
+}
+
+fn serve(
+    mut lifecycle: Lifecycle,
+    place: &ClaimedPlace,
+    interface: &Interface,
+    parent: &mut Parent,
+) -> Result<(Ending, VmStatus), ApiError> {
+    let log = place.open_log().map_err(|error| host(&error))?;
+    let sockets = Sockets {
+        api: ClaimedPlace::listen(&place.place().api_socket()).map_err(|error| host(&error))?,
+        console: ClaimedPlace::listen(&place.place().console_socket())
+            .map_err(|error| host(&error))?,
+    };
+    interface.serve(sockets);
+    if lifecycle.needs_start() {
+        lifecycle.start()?;
+    }
+    parent.tell(&LaunchReply::Ready(lifecycle.status()));
+    log_to(&log);
+    Ok(lifecycle.run())
+}
+
+/// A guest that is here.
+struct Arrived {
+    guest: ArrivingMachine,
+    phase: Phase,
+    /// Answers a source that does not know yet that the guest runs here.
+    witness: Option<Witness>,
+}
+
+fn arrive(
+    origin: GuestOrigin,
+    runtime: RuntimeDirectory,
+    peers: &Peers,
+    parent: &mut Parent,
+) -> Result<Arrived, ApiError> {
+    let mailbox = peers.mailbox.clone();
+    let build = |overrides| Build {
+        runtime,
+        overrides,
+        console: Arc::clone(&peers.console),
+        events: MachineEvents::new(move |event| mailbox.send(Message::Machine(event))),
+    };
+    match origin {
+        GuestOrigin::Boot(config) => boot(&build(Overrides::default()), &config),
+        GuestOrigin::File { path, overrides } => {
+            let guest = restore_from_file(&build(overrides), &path)?;
+            Ok(Arrived {
+                guest,
+                phase: Phase::Created,
+                witness: None,
+            })
+        }
+        GuestOrigin::Peer { listen, overrides } => {
+            receive(&build(overrides), &listen, &peers.waiting, parent)
+        }
+    }
+}
+
+fn boot(build: &Build, config: &VmConfig) -> Result<Arrived, ApiError> {
+    let guest = build.build(&encode_config(config))?;
+    guest.machine.load_kernel().map_err(|error| host(&error))?;
+    Ok(Arrived {
+        guest,
+        phase: Phase::Created,
+        witness: None,
+    })
+}
+
+fn receive(
+    build: &Build,
+    listen: &Endpoint,
+    waiting: &CancelToken,
+    parent: &mut Parent,
+) -> Result<Arrived, ApiError> {
+    let listener = match listen {
+        Endpoint::Tcp(address) => Listener::tcp(*address),
+        Endpoint::Unix(path) => Listener::unix(path),
+    };
+    let listener = listener.map_err(|error| {
+        // The place that was here before may still answer its source: worth another try.
+        ApiError::from_chain(ErrorCode::Busy, &error)
+            .with_hint("another process may listen there; choose another address")
+    })?;
+    let endpoint = match listener.tcp_address() {
+        Some(address) => Endpoint::Tcp(address),
+        None => listen.clone(),
+    };
+    parent.tell(&LaunchReply::Listening(endpoint));
+    let options = DestinationOptions {
+        cancel: waiting.clone(),
+        ..DestinationOptions::default()
+    };
+    let arrival = Destination::new(listener, options)
+        .accept(|configuration| build.build_for_peer(configuration));
+    match arrival {
+        Ok(arrival) => Ok(Arrived {
+            guest: arrival.machine,
+            phase: Phase::Running,
+            witness: Some(arrival.witness),
+        }),
+        Err(MigrationError::Cancelled) => Err(ApiError::new(
+            ErrorCode::Cancelled,
+            "told to end before a VM arrived",
+        )),
+        Err(error) => Err(ApiError::from_chain(ErrorCode::Peer, &error)),
+    }
+}
+
+/// Gives the source a moment to learn that the guest came here, if it does not know yet: else it
+/// would take this process's end for a failed hand-over.
+fn settle(witness: &Witness) {
+    for _ in 0..100 {
+        if witness.is_settled() {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    tracing::warn!("the source has not confirmed the move");
+}
+
+/// Ends the VM when the parent is gone and has not let go before.
+fn watch_parent(peers: &Peers) -> io::Result<()> {
+    let peers = peers.clone();
+    let watch = move || {
+        let mut byte = [0];
+        let detached = loop {
+            match io::stdin().read(&mut byte) {
+                Ok(0) => break false,
+                Ok(_) if byte[0] == DETACH => break true,
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => break false,
+                Ok(_) | Err(_) => {}
+            }
+        };
+        if !detached {
+            peers.waiting.cancel();
+            peers.mailbox.send(Message::End("its parent has ended"));
+        }
+    };
+    std::thread::Builder::new()
+        .name("parent".into())
+        .spawn(watch)?;
+    Ok(())
+}
+
+/// From now on diagnostics go to the VM's log instead of the parent's terminal.
+fn log_to(log: &File) {
+    if let Err(error) = rustix::stdio::dup2_stderr(log) {
+        tracing::warn!(%error, "diagnostics stay where they were");
+    }
+}
