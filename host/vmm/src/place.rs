@@ -176,8 +176,7 @@ fn make_private(path: &Path) -> Result<(), PlaceError> {
         });
     }
     if meta.mode() & 0o077 != 0 {
-        fs::set_permissions(path, fs::Permissions::from_mode(0o700))
-            .map_err(failed("protect"))?;
+        fs::set_permissions(path, fs::Permissions::from_mode(0o700)).map_err(failed("protect"))?;
     }
     Ok(())
 }

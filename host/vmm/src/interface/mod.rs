@@ -110,13 +110,15 @@ async fn run(peers: Peers, mut sockets: mpsc::Receiver<Sockets>, mut ended: watc
     let Some(Sockets { api, console }) = sockets else {
         return;
     };
-    let listeners = UnixListener::from_std(api)
-        .and_then(|api| Ok((api, UnixListener::from_std(console)?)));
+    let listeners =
+        UnixListener::from_std(api).and_then(|api| Ok((api, UnixListener::from_std(console)?)));
     let (api, console) = match listeners {
         Ok(listeners) => listeners,
         Err(error) => {
             tracing::error!(%error, "the sockets cannot be served");
-            peers.mailbox.send(Message::End("its sockets cannot be served"));
+            peers
+                .mailbox
+                .send(Message::End("its sockets cannot be served"));
             return;
         }
     };

@@ -31,8 +31,14 @@ pub(super) fn router(peers: Peers) -> Router {
         .route(route::PAUSE, post(|State(p)| ask(p, Message::Pause)))
         .route(route::RESUME, post(|State(p)| ask(p, Message::Resume)))
         .route(route::STOP, post(|State(p)| ask(p, Message::Stop)))
-        .route(route::SAVE, post(|State(p), body| ask_with(p, body, Message::Save)))
-        .route(route::MIGRATE, post(|State(p), body| ask_with(p, body, Message::Migrate)))
+        .route(
+            route::SAVE,
+            post(|State(p), body| ask_with(p, body, Message::Save)),
+        )
+        .route(
+            route::MIGRATE,
+            post(|State(p), body| ask_with(p, body, Message::Migrate)),
+        )
         .route(route::EXITS, get(exits))
         .route(route::MIGRATION, get(migration))
         .route(route::CANCEL, post(cancel))
@@ -72,7 +78,10 @@ async fn ask<T: Serialize>(peers: Peers, message: impl FnOnce(Reply<T>) -> Messa
     peers.mailbox.send(message(reply));
     match answer.await {
         Ok(result) => result.map(Json).map_err(Refused),
-        Err(_gone) => Err(Refused(ApiError::new(ErrorCode::WrongState, "the VM has ended"))),
+        Err(_gone) => Err(Refused(ApiError::new(
+            ErrorCode::WrongState,
+            "the VM has ended",
+        ))),
     }
 }
 
@@ -91,7 +100,7 @@ async fn ask_with<B: DeserializeOwned, T: Serialize>(
 }
 
 async fn exits(State(peers): State<Peers>) -> Answer<ExitReport> {
-    ask(peers.clone(), Message::BeginLook).await?;
+    let Json(()) = ask(peers.clone(), Message::BeginLook).await?;
     tokio::time::sleep(LOOK).await;
     ask(peers, Message::EndLook).await
 }

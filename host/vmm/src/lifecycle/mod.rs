@@ -193,7 +193,9 @@ impl Lifecycle {
     /// Lets the guest run for the first time here.
     pub(crate) fn start(&mut self) -> Result<(), ApiError> {
         let next = self.phase.after(Transition::Start)?;
-        self.machine.resume().map_err(|error| requests::host(&error))?;
+        self.machine
+            .resume()
+            .map_err(|error| requests::host(&error))?;
         self.phase = next;
         Ok(())
     }
@@ -223,10 +225,10 @@ impl Lifecycle {
                 tracing::error!(error = chain(&error), "devices did not stop in order");
             }
         }
-        let mut status = self.status();
         if self.phase != Phase::Moved {
-            status.state = Phase::Stopped.to_api();
+            self.phase = Phase::Stopped;
         }
+        let mut status = self.status();
         status.reason = Some(ending.describe());
         (ending, status)
     }

@@ -45,7 +45,9 @@ impl Lifecycle {
         let next = self.phase.after(Transition::Pause)?;
         if self.phase == Phase::Running {
             self.drop_look();
-            self.machine.pause(DiskLocks::Keep).map_err(|error| host(&error))?;
+            self.machine
+                .pause(DiskLocks::Keep)
+                .map_err(|error| host(&error))?;
         }
         self.phase = next;
         Ok(self.status())
@@ -115,7 +117,9 @@ impl Lifecycle {
 
     fn suspend(&mut self) -> Result<(), ApiError> {
         let next = self.phase.after(Transition::Suspend)?;
-        self.machine.pause(DiskLocks::Release).map_err(|error| host(&error))?;
+        self.machine
+            .pause(DiskLocks::Release)
+            .map_err(|error| host(&error))?;
         // A guest that has just asked for its end must not go on elsewhere behind that request.
         if self.blueprint.events.machine_must_stop() {
             return Err(ApiError::new(
@@ -164,7 +168,9 @@ impl Lifecycle {
     /// Builds the machine anew and boots it.
     pub(super) fn rebuild(&mut self) -> Result<(), ApiError> {
         self.drop_look();
-        self.machine.pause(DiskLocks::Release).map_err(|error| host(&error))?;
+        self.machine
+            .pause(DiskLocks::Release)
+            .map_err(|error| host(&error))?;
         self.blueprint.events = self.blueprint.events.renew();
         let machine = assemble(&self.blueprint).map_err(|error| host(&error))?;
         machine.load_kernel().map_err(|error| host(&error))?;
@@ -185,7 +191,10 @@ impl Lifecycle {
         self.drop_look();
         let dirty = self.phase == Phase::Running && self.moving.is_none();
         if dirty {
-            self.machine.vm().start_dirty_tracking().map_err(|error| host(&error))?;
+            self.machine
+                .vm()
+                .start_dirty_tracking()
+                .map_err(|error| host(&error))?;
             self.harvest()?;
         }
         self.look = Some(Look {
@@ -212,7 +221,10 @@ impl Lifecycle {
         let seconds = interval.as_secs_f64().max(1e-6);
         let dirty = if look.dirty {
             let pages = self.harvest()?;
-            self.machine.vm().stop_dirty_tracking().map_err(|error| host(&error))?;
+            self.machine
+                .vm()
+                .stop_dirty_tracking()
+                .map_err(|error| host(&error))?;
             Some(pages as f64 / seconds)
         } else {
             None
@@ -241,7 +253,10 @@ impl Lifecycle {
     /// Empties the dirty log; returns how many pages it held. Never while a move reads it.
     fn harvest(&self) -> Result<u64, ApiError> {
         let memory = self.machine.memory();
-        self.machine.vm().collect_dirty().map_err(|error| host(&error))?;
+        self.machine
+            .vm()
+            .collect_dirty()
+            .map_err(|error| host(&error))?;
         let mut pages = PageSet::new(memory.size() / PAGE_SIZE);
         memory.dirty_log().harvest(&mut pages);
         Ok(pages.len())

@@ -57,8 +57,6 @@ pub(crate) enum Transition {
     HandOver,
     /// A move broke at the hand-over.
     Doubt,
-    /// It ends.
-    Stop,
 }
 
 impl Phase {
@@ -74,7 +72,6 @@ impl Phase {
             (Self::Suspended, T::HandOver) => Self::Moved,
             (Self::InDoubt, T::HandOver) => Self::Moved,
             (Self::Suspended, T::Doubt) => Self::InDoubt,
-            (_, T::Stop) => Self::Stopped,
             (from, refused) => return Err(refusal(from, refused)),
         })
     }
@@ -101,7 +98,6 @@ fn refusal(from: Phase, transition: Transition) -> ApiError {
         Transition::Resume => "resume",
         Transition::Suspend | Transition::TakeBack => "move",
         Transition::HandOver | Transition::Doubt => "hand over",
-        Transition::Stop => "stop",
     };
     let state = match from {
         Phase::Created => "has not started",
@@ -121,16 +117,6 @@ fn refusal(from: Phase, transition: Transition) -> ApiError {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const PHASES: [Phase; 7] = [
-        Phase::Created,
-        Phase::Running,
-        Phase::Paused,
-        Phase::Suspended,
-        Phase::Moved,
-        Phase::InDoubt,
-        Phase::Stopped,
-    ];
 
     #[test]
     fn a_guest_that_was_given_away_never_runs_here_again() {
@@ -154,13 +140,6 @@ mod tests {
             Phase::Suspended.after(Transition::TakeBack),
             Ok(Phase::Running)
         );
-    }
-
-    #[test]
-    fn every_phase_can_be_stopped() {
-        for phase in PHASES {
-            assert_eq!(phase.after(Transition::Stop), Ok(Phase::Stopped));
-        }
     }
 
     #[test]

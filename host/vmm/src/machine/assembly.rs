@@ -108,7 +108,10 @@ pub(crate) fn assemble(blueprint: &Blueprint) -> Result<Machine, AssemblyError> 
     for (index, disk) in config.disks.iter().enumerate() {
         let (disk, lock) = open_disk(disk)?;
         locks.push(lock);
-        builder.add(Box::new(Block::new(Box::new(disk), &format!("disk{index}"))))?;
+        builder.add(Box::new(Block::new(
+            Box::new(disk),
+            &format!("disk{index}"),
+        )))?;
     }
     let functions = builder.functions;
     let vcpus = start_vcpus(&vm, &chipset.buses, blueprint)?;
@@ -123,7 +126,6 @@ pub(crate) fn assemble(blueprint: &Blueprint) -> Result<Machine, AssemblyError> 
         vm,
         components,
         locks,
-        power: chipset.power,
     })
 }
 

@@ -23,7 +23,6 @@ use std::sync::Arc;
 use dunlin_api::VmConfig;
 use dunlin_api::status::ExitCounts;
 use dunlin_devices::component::Component;
-use dunlin_devices::power::PowerDevice;
 use dunlin_guest::Memory;
 use dunlin_hypervisor::{Engine, Vm};
 use dunlin_storage::{ImageLock, LockError};
@@ -57,7 +56,6 @@ pub(crate) struct Machine {
     vm: Arc<dyn Vm>,
     components: Vec<Arc<dyn Component>>,
     locks: Vec<ImageLock>,
-    power: Arc<PowerDevice>,
 }
 
 /// What a pause does with the locks of disks.
@@ -96,11 +94,6 @@ impl Machine {
     /// Why that engine.
     pub(crate) fn engine_reason(&self) -> &str {
         &self.engine_reason
-    }
-
-    /// Asks the guest to switch itself off.
-    pub(crate) fn press_power_button(&self) {
-        self.power.press_button();
     }
 
     /// Takes the locks of all disks.

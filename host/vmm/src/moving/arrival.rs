@@ -43,8 +43,8 @@ impl Build {
             console: Arc::clone(&self.console),
             events: self.events.renew(),
         };
-        let machine = assemble(&blueprint)
-            .map_err(|error| ApiError::from_chain(ErrorCode::Host, &error))?;
+        let machine =
+            assemble(&blueprint).map_err(|error| ApiError::from_chain(ErrorCode::Host, &error))?;
         Ok(ArrivingMachine {
             machine,
             blueprint,

@@ -1,0 +1,38 @@
+//! The host's side of the command line.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use dunlin_api::launch::LaunchSpec;
+use dunlin_api::probe::ProbeReport;
+use dunlin_api::snapshot::SnapshotReport;
+use dunlin_api::{ApiError, ErrorCode};
+use dunlin_cli::Host;
+use dunlin_vswitch::SwitchConfig;
+
+/// The host that this process runs on.
+pub(crate) struct ThisHost;
+
+impl Host for ThisHost {
+    fn run_vm(&self, spec: LaunchSpec) -> ExitCode {
+        dunlin_vmm::run(spec)
+    }
+
+    fn run_switch(&self, configuration: &str, _ready: &mut dyn FnMut()) -> Result<(), ApiError> {
+        let _config: SwitchConfig = serde_json::from_str(configuration).map_err(|error| {
+            ApiError::new(
+                ErrorCode::InvalidRequest,
+                format!("the switch's configuration is unreadable: {error}"),
+            )
+        })?;
+        Err(ApiError::new(ErrorCode::Host, "no switch yet"))
+    }
+
+    fn probe(&self) -> ProbeReport {
+        ProbeReport::default()
+    }
+
+    fn describe_snapshot(&self, path: &Path) -> Result<SnapshotReport, ApiError> {
+        dunlin_vmm::describe_snapshot(path)
+    }
+}
