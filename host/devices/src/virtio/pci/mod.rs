@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::layout::{Access, BAR, MAX_QUEUES, Target};
 use self::registers::{Action, Phase, Registers};
+use super::log_limit::LogLimit;
 use super::worker::{Work, Worker};
 use super::{
     DeviceConfig, DeviceType, Interrupt, Queue, QueuePosition, Queues, RingError, Suppression,
@@ -86,6 +87,7 @@ pub struct VirtioPci {
     interrupt: Arc<Interrupt>,
     doorbells: Vec<Arc<EventFd>>,
     worker: Worker,
+    log_limit: LogLimit,
 }
 
 impl VirtioPci {
@@ -139,6 +141,7 @@ impl VirtioPci {
             interrupt,
             doorbells,
             worker,
+            log_limit: LogLimit::default(),
         }))
     }
 
@@ -185,7 +188,9 @@ impl VirtioPci {
                 }
             }
             Err(error) => {
-                tracing::debug!(device = self.name, %error, "driver set up an impossible queue");
+                if self.log_limit.allows() {
+                    tracing::warn!(device = self.name, %error, "driver set up an impossible queue");
+                }
                 self.interrupt.fail();
             }
         }

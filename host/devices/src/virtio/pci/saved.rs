@@ -100,6 +100,7 @@ impl VirtioPci {
             interrupt,
             doorbells: _,
             worker,
+            log_limit: _,
         } = self;
         let Front {
             registers,

@@ -26,8 +26,11 @@ use super::interrupt::Interrupt;
 use super::log_limit::LogLimit;
 use crate::lock;
 
-/// How long a back end is left alone whose descriptor reports nothing but an error.
+/// How long a back end is left alone whose descriptor reports nothing but an error, or is readable
+/// and then has nothing. Doorbells are heard meanwhile.
 const BACK_OFF: Duration = Duration::from_millis(100);
+/// How often in a row a back end may be readable for nothing.
+const MAX_FALSE_ALARMS: u32 = 16;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mode {
@@ -198,10 +201,17 @@ impl Shared {
     }
 
     fn run(&self) {
-        let mut polled = Polled::default();
+        let mut woken = Woken::Other;
+        let mut false_alarms = 0;
         while let Some(round) = self.take() {
             let (wait, back_end) = self.round(round);
-            polled = self.poll(wait, back_end, polled.only_error);
+            let found_nothing = wait.readable && wait.retry_after.is_none();
+            false_alarms = match woken {
+                Woken::BackEnd if found_nothing => false_alarms + 1,
+                _ => 0,
+            };
+            let leave = woken == Woken::BackEndError || false_alarms >= MAX_FALSE_ALARMS;
+            woken = self.poll(wait, back_end, leave);
         }
     }
 
@@ -252,7 +262,7 @@ impl Shared {
     }
 
     /// Sleeps until something happens, and takes back the doorbells that rang.
-    fn poll(&self, wait: Wait, back_end: Option<RawFd>, leave_back_end: bool) -> Polled {
+    fn poll(&self, wait: Wait, back_end: Option<RawFd>, leave_back_end: bool) -> Woken {
         let watch = |fd| libc::pollfd {
             fd,
             events: libc::POLLIN,
@@ -277,7 +287,7 @@ impl Shared {
         #[expect(unsafe_code, reason = "poll has no safe wrapper in std")]
         let count = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout) };
         if count <= 0 {
-            return Polled::default();
+            return Woken::Other;
         }
         let events = std::iter::once(&self.control).chain(self.doorbells.iter().map(Arc::as_ref));
         for (event, fd) in events.zip(&fds) {
@@ -286,18 +296,29 @@ impl Shared {
                 let _ = event.read();
             }
         }
-        let back_end = fds.last().filter(|_| watched);
-        Polled {
-            only_error: back_end.is_some_and(|fd| {
-                fd.revents & (libc::POLLERR | libc::POLLHUP | libc::POLLNVAL) != 0
-                    && fd.revents & libc::POLLIN == 0
-            }),
+        match fds.last() {
+            Some(fd) if watched && count == 1 && fd.revents != 0 => {
+                if fd.revents & libc::POLLIN != 0 {
+                    Woken::BackEnd
+                } else {
+                    Woken::BackEndError
+                }
+            }
+            _ => Woken::Other,
         }
     }
 }
 
-#[derive(Debug, Default)]
-struct Polled {
-    /// The back end's descriptor reported an error and nothing to read.
-    only_error: bool,
+/// What ended a sleep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Woken {
+    /// Nothing but the back end, which is readable.
+    BackEnd,
+    /// Nothing but the back end, which has an error and nothing to read.
+    BackEndError,
+    /// A doorbell, the control event or the time.
+    Other,
 }
+
+#[cfg(test)]
+mod tests;
