@@ -331,8 +331,9 @@ impl Component for VirtioPci {
     }
 
     fn pause(&self) {
-        let mut front = lock(&self.front);
-        front.paused = true;
+        // A driver that becomes ready after this finds the machine paused and does not start the
+        // worker; so the registers need not stay locked while the device flushes.
+        lock(&self.front).paused = true;
         self.worker.park(|work| work.device.pause());
     }
 

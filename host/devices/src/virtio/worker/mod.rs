@@ -1,8 +1,9 @@
 //! The thread behind a device.
 //!
 //! The device sits in a slot. The worker takes it out for a round and puts it back; whoever pauses,
-//! resets or saves the device waits until it is back and works on it in place. An idle worker sits
-//! in poll(2) with the device in the slot, so pausing it needs no switch of threads.
+//! resets or saves the device waits until it is back and takes it out in turn; no lock is held while
+//! either works on it. An idle worker sits in poll(2) with the device in the slot, so pausing it
+//! needs no switch of threads.
 //!
 //! ```text
 //!            run()
@@ -151,6 +152,10 @@ impl Drop for Worker {
 struct Round<'a> {
     shared: &'a Shared,
     work: Option<Work>,
+    /// The mode afterwards, if it changes.
+    next: Option<Mode>,
+    /// Counted in `Shared::waiting`.
+    waited: bool,
 }
 
 impl Drop for Round<'_> {
@@ -158,8 +163,16 @@ impl Drop for Round<'_> {
         let mut slot = lock(&self.shared.slot);
         slot.work = self.work.take();
         if std::thread::panicking() {
-            slot.mode = Mode::Ended;
+            self.next = Some(Mode::Ended);
             self.shared.interrupt.fail();
+        }
+        // An ended worker does not come back.
+        if let (Some(next), Mode::Parked | Mode::Running) = (self.next, slot.mode) {
+            slot.mode = next;
+        }
+        if self.waited {
+            // Under the lock: the worker must not miss that the last one is through.
+            self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
         }
         drop(slot);
         self.shared.changed.notify_all();
@@ -167,26 +180,27 @@ impl Drop for Round<'_> {
 }
 
 impl Shared {
+    /// Takes the device out of its slot as a round does, so that no lock is held meanwhile.
     fn with<R>(&self, mode: Option<Mode>, action: impl FnOnce(&mut Work) -> R) -> R {
         self.waiting.fetch_add(1, Ordering::AcqRel);
         let mut slot = lock(&self.slot);
-        let result = loop {
-            let Slot { mode: now, work } = &mut *slot;
-            if let Some(work) = work {
-                let result = action(work);
-                // An ended worker does not come back.
-                if let (Some(mode), Mode::Parked | Mode::Running) = (mode, *now) {
-                    *now = mode;
-                }
-                break result;
+        let work = loop {
+            match slot.work.take() {
+                Some(work) => break work,
+                None => slot = self.wait(slot),
             }
-            slot = self.wait(slot);
         };
-        // Under the lock: the worker must not miss that the last one is through.
-        self.waiting.fetch_sub(1, Ordering::AcqRel);
         drop(slot);
-        self.changed.notify_all();
-        result
+        let mut round = Round {
+            shared: self,
+            work: Some(work),
+            next: mode,
+            waited: true,
+        };
+        match &mut round.work {
+            Some(work) => action(work),
+            None => unreachable!("a round holds its device until it is dropped"),
+        }
     }
 
     fn wait<'a>(&self, slot: MutexGuard<'a, Slot>) -> MutexGuard<'a, Slot> {
@@ -226,6 +240,8 @@ impl Shared {
                         return Some(Round {
                             shared: self,
                             work: Some(work),
+                            next: None,
+                            waited: false,
                         });
                     }
                 }
