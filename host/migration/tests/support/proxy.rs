@@ -1,1 +1,227 @@
 //! Stands between source and destination and does harm at one frame of their conversation.
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use dunlin_migration::protocol::{Header, Kind};
+
+/// Which way a frame goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    ToDestination,
+    ToSource,
+}
+
+/// What happens to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Harm {
+    /// The connection ends before it.
+    Cut,
+    /// The connection ends in its middle.
+    CutWithin,
+    /// It passes, and the connection ends.
+    CutBehind,
+    /// From it on nothing moves any more, in both directions.
+    Stall,
+    /// A bit of its header flips.
+    Header,
+    /// A bit of its payload flips; of its header when it has no payload.
+    Payload,
+    /// It comes twice.
+    Twice,
+    /// It is left out.
+    Lost,
+}
+
+/// Harm at one frame of the first connection: the one of kind `kind` that comes after `skip`
+/// others of that kind.
+#[derive(Debug, Clone, Copy)]
+pub struct Fault {
+    pub way: Way,
+    pub kind: Kind,
+    pub skip: u64,
+    pub harm: Harm,
+}
+
+/// What the proxy does when it comes to the frame.
+pub type Action = Box<dyn FnOnce() + Send>;
+
+struct Shared {
+    door: PathBuf,
+    fault: Option<Fault>,
+    action: Mutex<Option<Action>>,
+    hit: AtomicBool,
+    connections: AtomicU64,
+    gate: AtomicBool,
+    /// Kept open until the proxy goes away: a stalled connection does not end.
+    stalled: Mutex<Vec<UnixStream>>,
+}
+
+/// Listens beside the destination's socket.
+pub struct Proxy {
+    shared: Arc<Shared>,
+    pub door: PathBuf,
+}
+
+impl Proxy {
+    pub fn new(directory: &Path, destination: PathBuf, fault: Option<Fault>) -> Self {
+        Self::with_action(directory, destination, fault, None)
+    }
+
+    /// Runs `action` at the frame of `fault`, before the harm.
+    pub fn with_action(
+        directory: &Path,
+        destination: PathBuf,
+        fault: Option<Fault>,
+        action: Option<Action>,
+    ) -> Self {
+        let door = directory.join("proxy");
+        let listener = UnixListener::bind(&door).unwrap();
+        let shared = Arc::new(Shared {
+            door: destination,
+            fault,
+            action: Mutex::new(action),
+            hit: AtomicBool::new(false),
+            connections: AtomicU64::new(0),
+            gate: AtomicBool::new(false),
+            stalled: Mutex::new(Vec::new()),
+        });
+        let theirs = Arc::clone(&shared);
+        // Ends with the listener's last connection, or the test process.
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let Ok(source) = stream else { break };
+                if theirs.gate.load(Ordering::SeqCst) {
+                    break;
+                }
+                theirs.connect(source);
+            }
+        });
+        Self { shared, door }
+    }
+
+    /// Did the conversation come as far as the fault?
+    pub fn hit(&self) -> bool {
+        self.shared.hit.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.shared.gate.store(true, Ordering::SeqCst);
+        let _ = UnixStream::connect(&self.door);
+        for stream in self.shared.stalled.lock().unwrap().drain(..) {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+impl Shared {
+    fn connect(self: &Arc<Self>, source: UnixStream) {
+        let first = self.connections.fetch_add(1, Ordering::SeqCst) == 0;
+        let fault = self.fault.filter(|_| first);
+        // A dead destination is a connection that ends at once.
+        let Ok(destination) = UnixStream::connect(&self.door) else {
+            return;
+        };
+        let stalled = Arc::new(AtomicBool::new(false));
+        for (from, to, way) in [
+            (&source, &destination, Way::ToDestination),
+            (&destination, &source, Way::ToSource),
+        ] {
+            let lane = Lane {
+                shared: Arc::clone(self),
+                from: from.try_clone().unwrap(),
+                to: to.try_clone().unwrap(),
+                fault: fault.filter(|fault| fault.way == way),
+                stalled: Arc::clone(&stalled),
+            };
+            std::thread::spawn(move || lane.run());
+        }
+    }
+}
+
+struct Lane {
+    shared: Arc<Shared>,
+    from: UnixStream,
+    to: UnixStream,
+    fault: Option<Fault>,
+    stalled: Arc<AtomicBool>,
+}
+
+impl Lane {
+    fn run(mut self) {
+        let stays_open = self.forward().unwrap_or(false);
+        if stays_open {
+            let mut kept = self.shared.stalled.lock().unwrap();
+            kept.push(self.from);
+            kept.push(self.to);
+        } else if !self.stalled.load(Ordering::SeqCst) {
+            let _ = self.from.shutdown(Shutdown::Both);
+            let _ = self.to.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// Forwards until the end; true when the connection stays open without a word.
+    fn forward(&mut self) -> std::io::Result<bool> {
+        let mut preamble = [0; 64];
+        self.from.read_exact(&mut preamble)?;
+        self.to.write_all(&preamble)?;
+        let mut seen = 0;
+        for number in 0.. {
+            let mut head = [0; 24];
+            self.from.read_exact(&mut head)?;
+            let header = Header::decode(&head, number).expect("both ends speak the protocol");
+            let mut frame = head.to_vec();
+            frame.resize(24 + header.length as usize, 0);
+            self.from.read_exact(&mut frame[24..])?;
+            if self.stalled.load(Ordering::SeqCst) {
+                return Ok(true);
+            }
+            let of_kind = self.fault.filter(|fault| fault.kind == header.kind);
+            seen += u64::from(of_kind.is_some());
+            let harm = of_kind.filter(|fault| fault.skip + 1 == seen);
+            let Some(Fault { harm, .. }) = harm else {
+                self.to.write_all(&frame)?;
+                continue;
+            };
+            self.shared.hit.store(true, Ordering::SeqCst);
+            if let Some(action) = self.shared.action.lock().unwrap().take() {
+                action();
+            }
+            let middle = frame.len() / 2;
+            match harm {
+                Harm::Cut => return Ok(false),
+                Harm::CutWithin => {
+                    self.to.write_all(&frame[..middle])?;
+                    return Ok(false);
+                }
+                Harm::CutBehind => {
+                    self.to.write_all(&frame)?;
+                    return Ok(false);
+                }
+                Harm::Stall => {
+                    self.stalled.store(true, Ordering::SeqCst);
+                    return Ok(true);
+                }
+                Harm::Header => frame[9] ^= 0x10,
+                Harm::Payload => {
+                    let at = if frame.len() > 24 {
+                        (24 + frame.len()) / 2
+                    } else {
+                        21
+                    };
+                    frame[at] ^= 0x04;
+                }
+                Harm::Twice => self.to.write_all(&frame)?,
+                Harm::Lost => continue,
+            }
+            self.to.write_all(&frame)?;
+        }
+        Ok(false)
+    }
+}
