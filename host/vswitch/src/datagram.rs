@@ -11,9 +11,6 @@ use std::path::{Path, PathBuf};
 /// Datagrams in one system call.
 pub(crate) const BATCH: usize = 64;
 
-/// Bytes asked for as a socket's send and receive buffer; the host may give less.
-const SOCKET_BUFFER: libc::c_int = 4 << 20;
-
 /// The name of a socket as the kernel wants it.
 #[derive(Clone, Copy)]
 pub(crate) struct SocketName {
@@ -231,6 +228,15 @@ impl ReceiveBatch {
         }
     }
 
+    /// No buffers: stands in while the real ones are read.
+    pub(crate) fn empty() -> Self {
+        ReceiveBatch {
+            slots: Vec::new(),
+            slot_size: 1,
+            received: Vec::new(),
+        }
+    }
+
     /// Receives up to `limit` (at most [`BATCH`]) datagrams, which replace those of the last
     /// call; 0 when none waits.
     ///
@@ -292,6 +298,34 @@ impl ReceiveBatch {
         Ok(count)
     }
 
+    /// As [`ReceiveBatch::receive`], with one `read` for each packet, for descriptors that are no
+    /// sockets.
+    ///
+    /// # Errors
+    /// What the host says of the first one; never `WouldBlock`.
+    pub(crate) fn read(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        self.received.clear();
+        for slot in self.slots.chunks_exact_mut(self.slot_size) {
+            // SAFETY: the kernel writes at most `slot.len()` bytes into `slot`.
+            let length =
+                unsafe { libc::read(fd.as_raw_fd(), slot.as_mut_ptr().cast(), slot.len()) };
+            let Ok(length) = usize::try_from(length) else {
+                let error = io::Error::last_os_error();
+                if self.received.is_empty() && error.kind() != io::ErrorKind::WouldBlock {
+                    return Err(error);
+                }
+                break;
+            };
+            self.received.push(Received {
+                length,
+                // A read does not tell; a frame that fills its slot is too long anyway.
+                truncated: length == self.slot_size,
+                sender: SocketName::empty(),
+            });
+        }
+        Ok(self.received.len())
+    }
+
     /// What the last call received.
     pub(crate) fn datagrams(&self) -> impl Iterator<Item = Incoming<'_>> {
         self.received
@@ -310,35 +344,5 @@ impl std::fmt::Debug for ReceiveBatch {
         f.debug_struct("ReceiveBatch")
             .field("received", &self.received.len())
             .finish_non_exhaustive()
-    }
-}
-
-/// Asks for large socket buffers, so that bursts wait rather than get lost.
-pub(crate) fn enlarge_buffers(fd: BorrowedFd<'_>) -> io::Result<()> {
-    set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUF, SOCKET_BUFFER)?;
-    set_option(fd, libc::SOL_SOCKET, libc::SO_RCVBUF, SOCKET_BUFFER)
-}
-
-/// Sets an integer socket option.
-pub(crate) fn set_option(
-    fd: BorrowedFd<'_>,
-    level: libc::c_int,
-    option: libc::c_int,
-    value: libc::c_int,
-) -> io::Result<()> {
-    // SAFETY: the value lives for the call and its size is given.
-    let result = unsafe {
-        libc::setsockopt(
-            fd.as_raw_fd(),
-            level,
-            option,
-            (&raw const value).cast(),
-            mem::size_of_val(&value) as libc::socklen_t,
-        )
-    };
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
     }
 }

@@ -6,10 +6,16 @@
 mod announce;
 mod config;
 mod datagram;
+mod error;
 mod forward;
+mod gateway;
 mod poll;
 mod port;
+mod process;
+mod queue;
+mod socket_option;
 mod unix_port;
+mod vxlan;
 
 pub use announce::announcement;
 pub use config::{
@@ -17,8 +23,10 @@ pub use config::{
     TapConfig, TunnelConfig, TunnelEndpoint, TunnelEndpointError, UnixConfig, VXLAN_PORT, VlanId,
     VlanIdError, VlanMode,
 };
+pub use error::SwitchError;
 pub use forward::{
     DropCounters, DropReason, Move, PortCounters, PortId, PortRole, PortRules, StationEntry, Switch,
 };
 pub use port::{Frame, MAX_FRAME, MacAddress, MacAddressError, Port, PortError};
+pub use process::{ControlClient, ControlError, ControlRequest, SwitchProcess};
 pub use unix_port::{UnixPort, UnixPortCounters};

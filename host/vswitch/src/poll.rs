@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// What a descriptor is watched for.
@@ -88,7 +89,7 @@ impl Poller {
         Ok(())
     }
 
-    /// Watches `fd`; it must be removed before it is closed only if it was duplicated.
+    /// Watches `fd` until it is removed or closed.
     pub(crate) fn add(&self, fd: RawFd, token: u64, interest: Interest) -> io::Result<()> {
         self.control(libc::EPOLL_CTL_ADD, fd, token, interest)
     }
@@ -134,6 +135,52 @@ impl Poller {
             }
         }));
         Ok(())
+    }
+}
+
+/// One owner's share of a poller: its tokens carry the owner's number in the upper half.
+#[derive(Debug, Clone)]
+pub(crate) struct Registrar {
+    poller: Arc<Poller>,
+    owner: u32,
+}
+
+impl Registrar {
+    pub(crate) fn new(poller: &Arc<Poller>, owner: u32) -> Self {
+        Registrar {
+            poller: Arc::clone(poller),
+            owner,
+        }
+    }
+
+    /// Owner and number of a token.
+    pub(crate) fn split(token: u64) -> (u32, u32) {
+        ((token >> 32) as u32, token as u32)
+    }
+
+    fn token(&self, number: u32) -> u64 {
+        u64::from(self.owner) << 32 | u64::from(number)
+    }
+
+    pub(crate) fn add(&self, fd: &impl AsRawFd, number: u32, interest: Interest) -> io::Result<()> {
+        self.poller
+            .add(fd.as_raw_fd(), self.token(number), interest)
+    }
+
+    /// Changes the interest in a descriptor that is registered; the host refuses nothing then.
+    pub(crate) fn modify(&self, fd: &impl AsRawFd, number: u32, interest: Interest) {
+        if let Err(error) = self
+            .poller
+            .modify(fd.as_raw_fd(), self.token(number), interest)
+        {
+            tracing::warn!(%error, "failed to change what a descriptor is watched for");
+        }
+    }
+
+    pub(crate) fn remove(&self, fd: &impl AsRawFd) {
+        if let Err(error) = self.poller.remove(fd.as_raw_fd()) {
+            tracing::debug!(%error, "failed to stop watching a descriptor");
+        }
     }
 }
 

@@ -12,7 +12,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -21,6 +21,7 @@ use std::time::Duration;
 use crate::announce::announcement;
 use crate::datagram::{self, BATCH, Outgoing, ReceiveBatch};
 use crate::poll::{Interest, PeriodicTimer, Poller};
+use crate::socket_option;
 use crate::{Frame, MAX_FRAME, MacAddress, Port, PortError};
 
 /// Bytes of destination, source and type.
@@ -100,8 +101,8 @@ impl UnixPort {
         Self::open_at(&local, switch)
     }
 
-    /// As [`UnixPort::open`], with the path of the port's own socket given. A socket that is
-    /// there already is replaced.
+    /// As [`UnixPort::open`], with the path of the port's own socket given. A socket that a
+    /// process left there is replaced.
     ///
     /// # Errors
     /// [`PortError`] when the port's own socket cannot be made or bound.
@@ -252,15 +253,18 @@ pub(crate) fn is_full(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::WouldBlock || error.raw_os_error() == Some(libc::ENOBUFS)
 }
 
-/// A non-blocking socket bound to `path`; a socket left there by an earlier process is replaced.
+/// A non-blocking socket bound to `path`. A socket that nobody holds any more is replaced.
 pub(crate) fn bind_datagram(path: &Path) -> io::Result<UnixDatagram> {
-    use std::os::unix::fs::FileTypeExt;
     if std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket()) {
+        let refused = UnixDatagram::unbound()?.connect(path).err();
+        if !refused.is_some_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
+            return Err(io::ErrorKind::AddrInUse.into());
+        }
         std::fs::remove_file(path)?;
     }
     let socket = UnixDatagram::bind(path)?;
     socket.set_nonblocking(true)?;
-    datagram::enlarge_buffers(socket.as_fd())?;
+    socket_option::enlarge_buffers(socket.as_fd())?;
     Ok(socket)
 }
 
