@@ -23,10 +23,8 @@ const PATH_OFFSET: usize = mem::offset_of!(libc::sockaddr_un, sun_path);
 impl SocketName {
     fn empty() -> Self {
         // SAFETY: all zeroes is a valid sockaddr_storage, of family AF_UNSPEC.
-        SocketName {
-            storage: unsafe { mem::zeroed() },
-            length: 0,
-        }
+        let storage = unsafe { mem::zeroed() };
+        SocketName { storage, length: 0 }
     }
 
     fn bytes(&self) -> &[u8] {
@@ -192,7 +190,7 @@ pub(crate) fn send_batch(fd: BorrowedFd<'_>, messages: &[Outgoing<'_>]) -> io::R
             libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
         )
     };
-    usize::try_from(sent).or_else(|_negative| Err(io::Error::last_os_error()))
+    usize::try_from(sent).map_err(|_negative| io::Error::last_os_error())
 }
 
 /// Buffers for received datagrams of up to a given size.

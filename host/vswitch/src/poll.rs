@@ -68,9 +68,8 @@ impl Poller {
         // SAFETY: takes no pointer.
         let fd = check(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })?;
         // SAFETY: the kernel has just returned this descriptor and nothing else owns it.
-        Ok(Poller {
-            epoll: unsafe { OwnedFd::from_raw_fd(fd) },
-        })
+        let epoll = unsafe { OwnedFd::from_raw_fd(fd) };
+        Ok(Poller { epoll })
     }
 
     fn control(

@@ -257,7 +257,7 @@ pub(crate) fn is_full(error: &io::Error) -> bool {
 pub(crate) fn bind_datagram(path: &Path) -> io::Result<UnixDatagram> {
     if std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket()) {
         let refused = UnixDatagram::unbound()?.connect(path).err();
-        if !refused.is_some_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
+        if refused.is_none_or(|error| error.kind() != io::ErrorKind::ConnectionRefused) {
             return Err(io::ErrorKind::AddrInUse.into());
         }
         std::fs::remove_file(path)?;

@@ -174,7 +174,7 @@ impl Switch {
         let role = from.role;
         let moved = match self
             .table
-            .learn(now, frame.vlan, frame.source, ingress, role)
+            .learn(now, (frame.vlan, frame.source), ingress, role)
         {
             Learned::Known => None,
             Learned::Moved => Some(Move {

@@ -80,8 +80,7 @@ impl AddressTable {
     pub(super) fn learn(
         &mut self,
         now: Duration,
-        vlan: VlanId,
-        station: MacAddress,
+        key: (VlanId, MacAddress),
         port: PortId,
         role: PortRole,
     ) -> Learned {
@@ -92,7 +91,7 @@ impl AddressTable {
         let full = self.places.len() >= self.limits.addresses;
         let share = self.shares.get(&port).copied().unwrap_or(0);
         let share_full = role == PortRole::Edge && share >= self.limits.addresses_per_port;
-        match self.places.entry((vlan, station)) {
+        match self.places.entry(key) {
             Entry::Occupied(mut entry) => {
                 let place = entry.get_mut();
                 if place.port == port {

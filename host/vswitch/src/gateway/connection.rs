@@ -35,6 +35,17 @@ pub(super) enum Outcome {
     Over,
 }
 
+/// Which connection it is.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Call {
+    /// Of the host's descriptor.
+    pub(super) number: u32,
+    /// From which the gateway calls the guest.
+    pub(super) gateway_port: u16,
+    /// Where the host listens.
+    pub(super) listen: SocketAddr,
+}
+
 #[derive(Debug)]
 pub(super) struct Connection {
     /// Gone when the host's side is done; the stack may still be closing.
@@ -58,15 +69,18 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// `identity`: number of the descriptor, port of the gateway, where the host listens.
     pub(super) fn new(
         host: TcpStream,
         socket: SocketHandle,
-        identity: (u32, u16, SocketAddr),
+        call: Call,
         registrar: &Registrar,
         now: Duration,
     ) -> io::Result<Self> {
-        let (number, gateway_port, listen) = identity;
+        let Call {
+            number,
+            gateway_port,
+            listen,
+        } = call;
         host.set_nonblocking(true)?;
         host.set_nodelay(true)?;
         // Reading starts when the guest has accepted.
@@ -176,8 +190,8 @@ impl Connection {
             return Outcome::Busy;
         }
         let moved = self
-            .from_host(socket)
-            .and_then(|from| Ok(self.to_host(socket)? | from));
+            .pull_from_host(socket)
+            .and_then(|from| Ok(self.push_to_host(socket)? | from));
         let Ok(is_busy) = moved else {
             self.reset(socket);
             return Outcome::Busy;
@@ -208,7 +222,7 @@ impl Connection {
         );
     }
 
-    fn from_host(&mut self, socket: &mut Socket<'_>) -> io::Result<bool> {
+    fn pull_from_host(&mut self, socket: &mut Socket<'_>) -> io::Result<bool> {
         let Some(host) = &mut self.host else {
             return Ok(false);
         };
@@ -234,7 +248,7 @@ impl Connection {
         Ok(is_busy)
     }
 
-    fn to_host(&mut self, socket: &mut Socket<'_>) -> io::Result<bool> {
+    fn push_to_host(&mut self, socket: &mut Socket<'_>) -> io::Result<bool> {
         let Some(host) = &mut self.host else {
             return Ok(false);
         };

@@ -288,7 +288,7 @@ impl Gateway {
                     let Some(stack) = self.stacks.get_mut(forward.to.ip()) else {
                         return;
                     };
-                    match stack.connect(stream, &forward, connection, &self.registrar, now) {
+                    match stack.connect((connection, stream), &forward, &self.registrar, now) {
                         Ok(()) => {
                             self.guests.insert(connection, *forward.to.ip());
                             self.accepted += 1;

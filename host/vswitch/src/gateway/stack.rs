@@ -20,7 +20,7 @@ use smoltcp::time::Instant;
 use smoltcp::wire::{EthernetAddress, HardwareAddress, IpAddress, IpCidr};
 
 use super::Identity;
-use super::connection::{Connection, Outcome};
+use super::connection::{Call, Connection, Outcome};
 use super::responder::arp_frame;
 use crate::poll::{Ready, Registrar};
 use crate::{ForwardConfig, MacAddress};
@@ -200,12 +200,11 @@ impl GuestStack {
         }
     }
 
-    /// Leads a connection of the host to the guest.
+    /// Leads a connection of the host, with descriptor `number`, to the guest.
     pub(super) fn connect(
         &mut self,
-        host: TcpStream,
+        (number, host): (u32, TcpStream),
         forward: &ForwardConfig,
-        number: u32,
         registrar: &Registrar,
         now: Duration,
     ) -> io::Result<()> {
@@ -222,7 +221,12 @@ impl GuestStack {
         );
         called.map_err(|error| io::Error::other(error.to_string()))?;
         let handle = self.sockets.add(socket);
-        match Connection::new(host, handle, (number, port, forward.listen), registrar, now) {
+        let call = Call {
+            number,
+            gateway_port: port,
+            listen: forward.listen,
+        };
+        match Connection::new(host, handle, call, registrar, now) {
             Ok(connection) => drop(self.connections.insert(number, connection)),
             Err(error) => {
                 self.sockets.remove(handle);

@@ -41,11 +41,11 @@ fn gateway(forward_to: Option<u16>) -> PortConfig {
 fn listening(switch: &Running) -> SocketAddr {
     let config: SwitchConfig =
         serde_json::from_value(switch.ask(&ControlRequest::Config).unwrap()).unwrap();
-    let forwards = config.ports.iter().filter_map(|port| match &port.kind {
+    let mut forwards = config.ports.iter().filter_map(|port| match &port.kind {
         PortKind::Gateway(gateway) => gateway.forwards.first().copied(),
         _ => None,
     });
-    forwards.last().unwrap().listen
+    forwards.next().unwrap().listen
 }
 
 fn connect(switch: &Running) -> TcpStream {
@@ -247,18 +247,22 @@ fn an_end_of_one_direction_leaves_the_other_open() {
 #[test]
 fn resets_pass_in_both_directions() {
     let (told, heard) = std::sync::mpsc::channel();
-    // The guest resets who says "r", and tells when it is reset itself.
+    // The guest resets who says "r", answers others, and tells when a connection is over.
     let mut was_open = false;
     let serve = move |socket: &mut tcp::Socket<'static>| {
         let open = socket.may_send();
-        if was_open && !open && socket.state() == tcp::State::Closed {
-            told.send(()).unwrap();
-        }
+        let is_over = was_open && !open && socket.state() == tcp::State::Closed;
         was_open = open;
-        if socket.can_recv() && socket.recv(|bytes| (bytes.len(), bytes[0])).unwrap() == b'r' {
-            socket.abort();
+        if socket.can_recv() {
+            match socket.recv(|bytes| (bytes.len(), bytes[0])).unwrap() {
+                b'r' => socket.abort(),
+                other => drop(socket.send_slice(&[other])),
+            }
         } else if !socket.is_open() {
             socket.listen(7).unwrap();
+        }
+        if is_over {
+            told.send(()).unwrap();
         }
     };
     with_guest(serve, 1, |switch| {
@@ -270,7 +274,7 @@ fn resets_pass_in_both_directions() {
 
         let mut stream = connect(switch);
         stream.write_all(b"x").unwrap();
-        while switch.counter("gateway", "/gateway/accepted") < 2 {}
+        stream.read_exact(&mut [0]).unwrap();
         crate::socket_option::reset_on_close(std::os::fd::AsFd::as_fd(&stream)).unwrap();
         drop(stream);
         heard.recv_timeout(PATIENCE).unwrap();
