@@ -2,7 +2,7 @@
 
 mod custody;
 mod reception;
-mod session;
+pub(crate) mod session;
 pub(crate) mod store;
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};

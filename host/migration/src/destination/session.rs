@@ -347,7 +347,10 @@ impl<'a, M: DestinationMachine> Session<'a, M> {
 }
 
 /// Has the machine that was built the RAM that the source's guest has?
-fn check_ram(memory: &Memory, configuration: &Configuration) -> Result<(), MigrationError> {
+pub(crate) fn check_ram(
+    memory: &Memory,
+    configuration: &Configuration,
+) -> Result<(), MigrationError> {
     let here: Vec<_> = memory
         .regions()
         .map(|r| (r.start, r.size, r.offset))

@@ -330,14 +330,7 @@ fn greet(
     let configuration = Configuration {
         machine: machine.configuration(),
         ram_bytes: memory.size(),
-        regions: memory
-            .regions()
-            .map(|region| Region {
-                start: region.start,
-                size: region.size,
-                offset: region.offset,
-            })
-            .collect(),
+        regions: regions_of(memory),
         verification: match options.verification {
             Verification::Off => 0,
             Verification::AfterHandOver => 1,
@@ -366,6 +359,18 @@ fn greet(
         }
         .into()),
     }
+}
+
+/// Where RAM lies, as it travels.
+pub(crate) fn regions_of(memory: &Memory) -> Vec<Region> {
+    memory
+        .regions()
+        .map(|region| Region {
+            start: region.start,
+            size: region.size,
+            offset: region.offset,
+        })
+        .collect()
 }
 
 pub(super) fn ms(duration: Duration) -> f64 {

@@ -1,6 +1,6 @@
 //! The side that has the guest.
 
-mod attempt;
+pub(crate) mod attempt;
 mod estimate;
 mod hand_over;
 mod inquiry;
