@@ -1,5 +1,6 @@
 //! What the command line asks of the host's side, given to it by the binary.
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -13,11 +14,16 @@ pub trait Host {
     /// Is this process's one VM, until it ends.
     fn run_vm(&self, spec: LaunchSpec) -> ExitCode;
 
-    /// Is a switch, until it is told to end. `ready` is called once all ports are open.
+    /// Is a switch, until `stop` is readable. `ready` is called once all ports are open.
     ///
     /// # Errors
     /// What is wrong with the configuration, or what the host refused.
-    fn run_switch(&self, configuration: &str, ready: &mut dyn FnMut()) -> Result<(), ApiError>;
+    fn run_switch(
+        &self,
+        configuration: &str,
+        stop: OwnedFd,
+        ready: &mut dyn FnMut(),
+    ) -> Result<(), ApiError>;
 
     /// Looks at what this host offers.
     fn probe(&self) -> ProbeReport;

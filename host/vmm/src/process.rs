@@ -28,7 +28,7 @@ pub fn run(spec: LaunchSpec) -> ExitCode {
         Ok((ending, status)) => {
             let orderly = ending.is_orderly();
             if !orderly {
-                tracing::error!(reason = status.reason, "the VM ended");
+                tracing::error!(reason = status.reason, "the VM ended out of order");
             }
             parent.tell(&LaunchReply::Ended(status));
             if orderly {
@@ -38,7 +38,7 @@ pub fn run(spec: LaunchSpec) -> ExitCode {
             }
         }
         Err(error) => {
-            tracing::error!(%error, "the VM did not start");
+            tracing::debug!(%error, "the VM did not start");
             parent.tell(&LaunchReply::Failed(error));
             ExitCode::FAILURE
         }

@@ -168,11 +168,15 @@ async fn foreground(
             let Some(last) = last else {
                 return Err(process.ended());
             };
-            process.wait()?;
+            let orderly = process.wait()?.success();
             let reason = last.reason.as_deref().unwrap_or("no reason given");
             printer.result(&last, String::new);
             printer.note(&format!("{name}: {}", describe(last.state, reason)));
-            Ok(ExitCode::SUCCESS)
+            Ok(if orderly {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            })
         }
     }
 }

@@ -1,5 +1,7 @@
 //! `switch`: this process is a virtual switch.
 
+use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use dunlin_api::{ApiError, ErrorCode};
@@ -10,6 +12,7 @@ use crate::args::SwitchArgs;
 use crate::error::CliError;
 use crate::host::Host;
 use crate::printer::Printer;
+use crate::terminal::Interrupts;
 
 /// Runs a switch until a signal ends it.
 pub(super) fn switch(args: SwitchArgs, printer: &Printer, host: &dyn Host) -> Result<(), CliError> {
@@ -18,7 +21,8 @@ pub(super) fn switch(args: SwitchArgs, printer: &Printer, host: &dyn Host) -> Re
         .map(|port| port["name"].clone())
         .collect();
     let name = config["name"].clone();
-    host.run_switch(&config.to_string(), &mut || {
+    let stop = readable_when_interrupted()?;
+    host.run_switch(&config.to_string(), stop, &mut || {
         printer.result(&json!({ "switch": name, "ports": ports }), String::new);
         let count = ports.len();
         printer.note(&format!(
@@ -26,6 +30,31 @@ pub(super) fn switch(args: SwitchArgs, printer: &Printer, host: &dyn Host) -> Re
         ));
     })?;
     Ok(())
+}
+
+/// A descriptor that becomes readable at the first signal that asks this process to end.
+fn readable_when_interrupted() -> Result<OwnedFd, CliError> {
+    let listening = || CliError::host("listen for signals");
+    let (stop, signal) = std::io::pipe().map_err(listening())?;
+    // A runtime of its own: the command's is busy with the switch.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(listening())?;
+    let mut interrupts = {
+        let _guard = runtime.enter();
+        Interrupts::listen()?
+    };
+    let wait = move || {
+        let mut signal = signal;
+        runtime.block_on(interrupts.next());
+        let _switch_has_ended = signal.write_all(&[0]);
+    };
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(wait)
+        .map_err(listening())?;
+    Ok(stop.into())
 }
 
 /// The file's configuration with what the options add.

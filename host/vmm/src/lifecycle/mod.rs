@@ -28,7 +28,7 @@ use tokio::sync::oneshot;
 
 use crate::machine::events::MachineEvent;
 use crate::machine::{Blueprint, Machine};
-use crate::moving::{MoveEnd, MoveMonitor};
+use crate::moving::{MoveEnd, MoveMonitor, OpenQuestion};
 use requests::Look;
 pub(crate) use state::{Phase, Transition};
 
@@ -151,6 +151,8 @@ pub(crate) struct Lifecycle {
     look: Option<Look>,
     since: Instant,
     ending: Option<Ending>,
+    /// A guest in doubt: whom to ask.
+    question: Option<OpenQuestion>,
     /// The guest asked for a reset while it was being moved.
     reset_pending: bool,
     /// When the process ends although nobody fetched the report.
@@ -185,6 +187,7 @@ impl Lifecycle {
             look: None,
             since: Instant::now(),
             ending: None,
+            question: None,
             reset_pending: false,
             linger_until: None,
         }

@@ -1,16 +1,20 @@
 //! What the lifecycle does for each request.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use dunlin_api::error::chain;
 use dunlin_api::migration::{MigrateRequest, MigrationStatus, SaveRequest};
 use dunlin_api::status::{ExitCounts, ExitReport, VmStatus};
 use dunlin_api::{ApiError, ErrorCode};
 use dunlin_guest::{PAGE_SIZE, PageSet};
+use dunlin_migration::Verdict;
 
 use super::{Ending, LINGER, Lifecycle, MoveCall, Phase, Transition, answer};
 use crate::machine::{DiskLocks, assemble};
 use crate::moving::{self, MoveEnd, MoveOutcome};
+
+/// How long a destination is asked again before a user's word decides.
+const ASK_AGAIN: Duration = Duration::from_secs(3);
 
 /// A count under way.
 #[derive(Debug)]
@@ -55,12 +59,40 @@ impl Lifecycle {
 
     pub(super) fn resume(&mut self) -> Result<VmStatus, ApiError> {
         self.not_moving("resume")?;
+        if self.phase == Phase::InDoubt {
+            self.ask_again()?;
+        }
         let next = self.phase.after(Transition::Resume)?;
         if self.phase != Phase::Running {
             self.machine.resume().map_err(|error| host(&error))?;
         }
         self.phase = next;
         Ok(self.status())
+    }
+
+    /// A guest in doubt is claimed for this side, unless the destination says that it runs there.
+    fn ask_again(&mut self) -> Result<(), ApiError> {
+        let Some(question) = self.question.take() else {
+            return Ok(());
+        };
+        match question.ask(ASK_AGAIN) {
+            Verdict::NeverThere | Verdict::Unknown => Ok(()),
+            Verdict::RunsThere(_) => {
+                self.phase = self.phase.after(Transition::HandOver)?;
+                self.monitor.resolve_as_moved();
+                self.leave();
+                Err(ApiError::new(
+                    ErrorCode::WrongState,
+                    "the guest runs at the destination, which answers again",
+                ))
+            }
+        }
+    }
+
+    /// The guest runs elsewhere; this process stays for a while to tell so.
+    fn leave(&mut self) {
+        self.linger_until = Some(Instant::now() + LINGER);
+        self.blueprint.console.close();
     }
 
     pub(super) fn stop(&mut self) -> Result<VmStatus, ApiError> {
@@ -156,9 +188,9 @@ impl Lifecycle {
             }
         }
         if self.phase == Phase::Moved {
-            self.linger_until = Some(Instant::now() + LINGER);
-            self.blueprint.console.close();
+            self.leave();
         }
+        self.question.clone_from(&end.question);
         self.monitor.finish(end);
         if self.reset_pending {
             self.reset();

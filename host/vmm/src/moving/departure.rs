@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dunlin_api::migration::{Endpoint, MigrateRequest, MigrationReport, Verify};
 use dunlin_api::{ApiError, ErrorCode, VmConfig};
@@ -11,8 +11,8 @@ use dunlin_guest::{Memory, SavedState};
 use dunlin_hypervisor::Vm;
 use dunlin_migration::transport::{Connector, TcpConnector, UnixConnector};
 use dunlin_migration::{
-    MachineError, MigrationError, MigrationFailure, MigrationOptions, Source, SourceMachine,
-    Verification, Whereabouts,
+    Doubt, MachineError, MigrationError, MigrationFailure, MigrationOptions, Source, SourceMachine,
+    Verdict, Verification, Whereabouts, resolve,
 };
 use tokio::sync::oneshot;
 
@@ -47,7 +47,7 @@ pub(crate) fn start(
             .cancel(cancel)
             .progress(move |now| progress.progress(now));
         let result = source.run(&mut departure, &mut *connector);
-        guard.end = Some(end(result));
+        guard.end = Some(end(result, request.to));
     };
     std::thread::Builder::new()
         .name("migration".into())
@@ -58,6 +58,7 @@ pub(crate) fn start(
                 outcome: MoveOutcome::Here,
                 report: MigrationReport::default(),
                 error: Some(refused.clone()),
+                question: None,
             });
             refused
         })
@@ -86,6 +87,22 @@ fn lost() -> MoveEnd {
             ErrorCode::Host,
             "the thread that moved the guest failed",
         )),
+        question: None,
+    }
+}
+
+/// A guest that was given away without an answer: what is needed to ask again.
+#[derive(Debug, Clone)]
+pub(crate) struct OpenQuestion {
+    to: Endpoint,
+    doubt: Doubt,
+}
+
+impl OpenQuestion {
+    /// Asks the destination, for as long as `patience`, whether it runs the guest.
+    pub(crate) fn ask(&self, patience: Duration) -> Verdict {
+        let mut connector = connector(&self.to);
+        resolve(&mut *connector, &self.doubt, Instant::now() + patience)
     }
 }
 
@@ -111,12 +128,16 @@ fn connector(to: &Endpoint) -> Box<dyn Connector> {
     }
 }
 
-fn end(result: Result<dunlin_migration::MigrationReport, Box<MigrationFailure>>) -> MoveEnd {
+fn end(
+    result: Result<dunlin_migration::MigrationReport, Box<MigrationFailure>>,
+    to: Endpoint,
+) -> MoveEnd {
     match result {
         Ok(report) => MoveEnd {
             outcome: MoveOutcome::Moved,
             report: to_api(&report),
             error: None,
+            question: None,
         },
         Err(failure) => {
             let code = match failure.error {
@@ -134,6 +155,10 @@ fn end(result: Result<dunlin_migration::MigrationReport, Box<MigrationFailure>>)
                 },
                 report: to_api(&failure.report),
                 error: Some(ApiError::from_chain(code, &*failure)),
+                question: match failure.guest {
+                    Whereabouts::InDoubt(doubt) => Some(OpenQuestion { to, doubt }),
+                    Whereabouts::RunsHere | Whereabouts::PausedHere => None,
+                },
             }
         }
     }

@@ -6,6 +6,8 @@ use dunlin_api::migration::{MigrationPhase, MigrationReport, MigrationStatus};
 use dunlin_api::{ApiError, ErrorCode};
 use dunlin_migration::{CancelToken, Progress, Step};
 
+use super::departure::OpenQuestion;
+
 /// Where the guest is after a move.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum MoveOutcome {
@@ -23,6 +25,8 @@ pub(crate) struct MoveEnd {
     pub(crate) outcome: MoveOutcome,
     pub(crate) report: MigrationReport,
     pub(crate) error: Option<ApiError>,
+    /// What is needed to ask the destination again.
+    pub(crate) question: Option<OpenQuestion>,
 }
 
 #[derive(Debug)]
@@ -102,12 +106,20 @@ impl MoveMonitor {
         self.lock().cancel.cancel();
     }
 
+    /// The destination was asked again and runs the guest after all.
+    pub(crate) fn resolve_as_moved(&self) {
+        let mut state = self.lock();
+        state.status.phase = MigrationPhase::Done;
+        state.status.error = None;
+    }
+
     /// It is over.
     pub(crate) fn finish(&self, end: MoveEnd) {
         let MoveEnd {
             outcome,
             report,
             error,
+            question: _,
         } = end;
         let cancelled = error
             .as_ref()
