@@ -65,7 +65,8 @@ pub trait DestinationMachine: Send {
     /// Its RAM.
     fn memory(&self) -> &Memory;
 
-    /// Gives every component its state.
+    /// Gives every component its state. May be called again with newer states before `start`:
+    /// a switch-over that would have missed the downtime limit is taken back and repeated.
     ///
     /// # Errors
     /// [`MachineError`] when a state does not fit; the guest must not be started then.
@@ -74,6 +75,7 @@ pub trait DestinationMachine: Send {
     /// Runs the guest: called once, after ownership has passed to this side.
     ///
     /// # Errors
-    /// [`MachineError`] when a part does not start.
+    /// [`MachineError`] when a part does not start. No vCPU may have run then, since the guest
+    /// goes back to the source.
     fn start(&mut self) -> Result<(), MachineError>;
 }
