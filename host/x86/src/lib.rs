@@ -7,7 +7,10 @@
 
 pub mod cpu;
 pub mod cpuid;
+mod decode;
+mod exec;
 pub mod float;
+mod host;
 pub mod kvmclock;
 pub mod lapic;
 pub mod memory;

@@ -1,23 +1,123 @@
-//! The software CPU.
+//! The software CPU: its state, its loop, and what lies between instructions.
+//!
+//! [`Cpu::run`] executes decoded blocks (see `decode`) until something needs the machine. Between
+//! blocks it looks at the mailbox, at the timer, and for what may be delivered. The accesses that
+//! devices answer are described in `device`.
 
 mod api;
+pub(crate) mod control;
+mod convert;
+mod device;
+mod mode;
+mod run;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 pub use api::{CpuConfig, StateError, Stop};
 
+use crate::decode::{BlockCache, Mode};
+use crate::exec::Exception;
+use crate::exec::flags::Flags;
+use crate::exec::op::{At, Exit};
+use crate::float::FloatState;
+use crate::kvmclock::KvmClock;
 use crate::lapic::{InterruptRouter, LocalApic, Mailbox};
 use crate::memory::PhysicalMemory;
-use crate::state::CpuState;
+use crate::mmu::Tlb;
+use crate::state::{Activity, DescriptorTable, Msrs, Segment};
+use device::Replay;
+
+/// Why an instruction ended before it changed anything.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum AbortReason {
+    /// It raised an exception.
+    Exception(Exception),
+    /// A device must answer first.
+    Stop(Stop),
+    /// It would change the code of the block that it belongs to: run it by itself.
+    Alone,
+}
 
 /// One logical processor, owned by its thread.
-#[derive(Debug)]
 pub struct Cpu {
-    config: CpuConfig,
-    memory: Arc<dyn PhysicalMemory>,
-    apic: LocalApic,
-    state: CpuState,
+    /// General registers, and what else operations address like one; see `exec::op::slot`.
+    pub(crate) regs: [u64; 32],
+    pub(crate) flags: Flags,
+    pub(crate) rip: u64,
+    pub(crate) tlb: Tlb,
+    pub(crate) float: FloatState,
+    /// RFLAGS without the arithmetic flags.
+    pub(crate) system_flags: u64,
+    /// Something must be looked at between blocks.
+    pub(crate) attention: bool,
+    /// The next instruction runs before any interrupt is taken (STI, MOV SS).
+    pub(crate) shadow: bool,
+    /// The instruction at hand is run by itself: it may change the code around it.
+    pub(crate) alone: bool,
+    pub(crate) cpl: u8,
+    pub(crate) mode: Mode,
+    pub(crate) abort: AbortReason,
+    abort_at: At,
+    pub(crate) blocks: BlockCache,
+    instructions: u64,
+
+    pub(crate) segments: [Segment; 6],
+    pub(crate) tr: Segment,
+    pub(crate) ldtr: Segment,
+    pub(crate) gdtr: DescriptorTable,
+    pub(crate) idtr: DescriptorTable,
+    pub(crate) cr0: u64,
+    pub(crate) cr2: u64,
+    pub(crate) cr3: u64,
+    pub(crate) cr4: u64,
+    /// The page-directory pointers of PAE paging, as the load of CR3 read them.
+    pub(crate) pdpte: [u64; 4],
+    pub(crate) dr: [u64; 4],
+    pub(crate) dr6: u64,
+    pub(crate) dr7: u64,
+    /// All but `kvmclock_*`, which are in `kvmclock`.
+    pub(crate) msrs: Msrs,
+    /// What the guest added to its TSC beyond the VM's clock.
+    tsc_offset: u64,
+    pub(crate) kvmclock: KvmClock,
+    pub(crate) activity: Activity,
+    nmi_pending: bool,
+    nmi_masked: bool,
+    /// A level-triggered interrupt ended, and the machine has not been told.
+    ended: Option<u8>,
+    /// TSC at which the local APIC's timer must be looked at.
+    deadline: u64,
+    /// The physical page of the local APIC's registers.
+    pub(crate) apic_page: Option<u64>,
+    pub(crate) apic: LocalApic,
+    replay: Replay,
+    /// `CodeMap::pages_added` when the TLB last gave up its write entries.
+    pages_added: u32,
+    pub(crate) mailbox: Arc<Mailbox>,
+    pub(crate) memory: Arc<dyn PhysicalMemory>,
+    pub(crate) config: CpuConfig,
+}
+
+// SAFETY: the pointers inside lead to blocks and pages that the processor owns itself, and to
+// guest memory that `PhysicalMemory` shares between threads; nothing is bound to a thread.
+#[expect(
+    unsafe_code,
+    reason = "the processor is made on one thread and run on another"
+)]
+unsafe impl Send for Cpu {}
+
+impl std::fmt::Debug for Cpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Cpu")
+            .field("id", &self.config.id)
+            .field("rip", &format_args!("{:#x}", self.rip))
+            .field("cpl", &self.cpl)
+            .field("mode", &self.mode)
+            .field("activity", &self.activity)
+            .field("instructions", &self.instructions)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Cpu {
@@ -28,55 +128,106 @@ impl Cpu {
         mailbox: Arc<Mailbox>,
         router: Arc<dyn InterruptRouter>,
     ) -> Self {
-        let apic = LocalApic::new(mailbox, router, config.clock.tsc_khz());
-        Self {
-            config,
-            memory,
+        let apic = LocalApic::new(Arc::clone(&mailbox), router, config.clock.tsc_khz());
+        let mut cpu = Self {
+            regs: [0; 32],
+            flags: Flags::from_rflags(0),
+            rip: 0,
+            tlb: Tlb::new(),
+            float: FloatState::power_up(),
+            system_flags: 0,
+            attention: true,
+            shadow: false,
+            alone: false,
+            cpl: 0,
+            mode: Mode::Bits16,
+            abort: AbortReason::Alone,
+            abort_at: At::null(),
+            blocks: BlockCache::new(),
+            instructions: 0,
+            segments: [Segment::default(); 6],
+            tr: Segment::default(),
+            ldtr: Segment::default(),
+            gdtr: DescriptorTable::default(),
+            idtr: DescriptorTable::default(),
+            cr0: 0,
+            cr2: 0,
+            cr3: 0,
+            cr4: 0,
+            pdpte: [0; 4],
+            dr: [0; 4],
+            dr6: 0,
+            dr7: 0,
+            msrs: Msrs::default(),
+            tsc_offset: 0,
+            kvmclock: KvmClock::new(),
+            activity: Activity::Running,
+            nmi_pending: false,
+            nmi_masked: false,
+            ended: None,
+            deadline: u64::MAX,
+            apic_page: None,
             apic,
-            state: CpuState::default(),
-        }
-    }
-
-    /// Runs until something needs the machine.
-    pub fn run(&mut self) -> Stop {
-        let _ = (&self.memory, &self.config.code);
-        Stop::Shutdown
+            replay: Replay::default(),
+            pages_added: 0,
+            mailbox,
+            memory,
+            config,
+        };
+        cpu.reset();
+        cpu
     }
 
     /// Answers a [`Stop::PortRead`] or [`Stop::MmioRead`].
     pub fn complete_read(&mut self, value: u64) {
-        let _ = value;
+        self.replay.answer(value);
     }
 
     /// Confirms a [`Stop::PortWrite`] or [`Stop::MmioWrite`].
-    pub fn complete_write(&mut self) {}
+    pub fn complete_write(&mut self) {
+        self.replay.answer(0);
+    }
 
-    /// Completes the instruction whose access was answered; executes nothing further.
-    pub fn finish_access(&mut self) {}
+    /// Completes the instruction whose access was answered; executes nothing further. An
+    /// instruction that needs the machine once more stays incomplete: it is asked for again by
+    /// the next run, and a saved state repeats it from its start.
+    pub fn finish_access(&mut self) {
+        if self.replay.is_answered() {
+            // What it stops for is asked for again by the next run.
+            let _again = self.run_alone();
+        }
+    }
 
     /// How long a halted processor may sleep: until its timer fires. `None` for ever.
     pub fn wake_after(&self) -> Option<Duration> {
-        self.apic
-            .next_deadline_tsc()
-            .map(|tsc| self.config.clock.until(tsc))
-    }
-
-    /// The architectural state, at an instruction border.
-    pub fn state(&mut self) -> CpuState {
-        self.state.clone()
-    }
-
-    /// Replaces the architectural state.
-    ///
-    /// # Errors
-    /// [`StateError`] for a state that no processor can be in; nothing has changed then.
-    pub fn set_state(&mut self, state: &CpuState) -> Result<(), StateError> {
-        self.state = state.clone();
-        Ok(())
+        let deadline = self.apic.next_deadline_tsc()?;
+        Some(
+            self.config
+                .clock
+                .until(deadline.wrapping_sub(self.tsc_offset)),
+        )
     }
 
     /// Instructions executed.
     pub fn instructions(&self) -> u64 {
-        0
+        self.instructions
+    }
+
+    /// An instruction ended early.
+    #[cold]
+    pub(crate) fn aborted(&mut self, at: At) -> Exit {
+        self.abort_at = at;
+        Exit::Abort
+    }
+
+    /// The guest's time-stamp counter.
+    pub(crate) fn tsc(&self) -> u64 {
+        self.config.clock.tsc().wrapping_add(self.tsc_offset)
+    }
+
+    /// The guest moves its time-stamp counter.
+    pub(crate) fn adjust_tsc(&mut self, delta: u64) {
+        self.tsc_offset = self.tsc_offset.wrapping_add(delta);
+        self.msrs.tsc_adjust = self.msrs.tsc_adjust.wrapping_add(delta);
     }
 }

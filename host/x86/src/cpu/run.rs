@@ -1,0 +1,336 @@
+//! The loop, and what happens between instructions.
+
+use super::{AbortReason, Cpu, Stop};
+use crate::decode::Block;
+use crate::exec::flags::{IF, RF, TF};
+use crate::exec::interrupt::Source;
+use crate::exec::op::{At, Exit, slot};
+use crate::exec::{Abort, Exception, Result};
+use crate::state::Activity;
+
+/// Blocks between two looks at the clock.
+const BLOCKS: u32 = 1024;
+/// DR6: a single step.
+const DR6_SINGLE_STEP: u64 = 1 << 14;
+const NMI: u8 = 2;
+
+impl Cpu {
+    /// Runs until something needs the machine.
+    pub fn run(&mut self) -> Stop {
+        if !self.replay.is_empty() {
+            if let Some(stop) = self.run_alone() {
+                return stop;
+            }
+        }
+        loop {
+            if let Some(stop) = self.between() {
+                return stop;
+            }
+            let stop = if self.shadow || self.system_flags & TF != 0 {
+                self.run_alone()
+            } else {
+                self.run_blocks()
+            };
+            if let Some(stop) = stop {
+                return stop;
+            }
+        }
+    }
+
+    /// Runs blocks until something must be looked at between them.
+    fn run_blocks(&mut self) -> Option<Stop> {
+        self.blocks.collect();
+        let mut block = match self.find_block() {
+            Ok(block) => block,
+            Err(Abort) => return self.fetch_failed(),
+        };
+        for _ in 0..BLOCKS {
+            self.regs[usize::from(slot::RIP)] = self.rip;
+            let first = At::first(&block.ops);
+            let exit = (first.get().handler)(self, first);
+            let link = match exit {
+                Exit::Abort => return self.after_abort(block),
+                Exit::Next => None,
+                Exit::Taken => Some(0),
+                Exit::FallThrough => Some(1),
+            };
+            self.instructions += u64::from(block.instructions);
+            if self.attention || self.mailbox.has_events() {
+                self.attention = true;
+                return None;
+            }
+            block = match self.successor(block, link) {
+                Ok(block) => block,
+                Err(Abort) => return self.fetch_failed(),
+            };
+        }
+        self.attention = true;
+        None
+    }
+
+    /// The block that follows: by its link, by its address, or by a look into the page.
+    #[inline(always)]
+    fn successor(&mut self, block: &'static Block, link: Option<usize>) -> Result<&'static Block> {
+        if let Some(link) = link {
+            let known = block.links[link].get();
+            if !known.is_null() {
+                // SAFETY: links lead to blocks of the same page, which are dropped together, and
+                // dropped blocks live on until `collect`. This one was not dropped while it ran:
+                // that would have ended it.
+                #[expect(unsafe_code, reason = "blocks are chained by pointer")]
+                return Ok(unsafe { &*known });
+            }
+            let next = self.find_block()?;
+            block.links[link].set(next);
+            return Ok(next);
+        }
+        if let Some(next) = self.blocks.jump(self.linear_rip()) {
+            return Ok(next);
+        }
+        self.find_block()
+    }
+
+    /// The instruction at `rip` could not be fetched.
+    #[cold]
+    fn fetch_failed(&mut self) -> Option<Stop> {
+        self.attention = true;
+        match self.abort {
+            AbortReason::Exception(exception) => self.deliver_exception(exception),
+            AbortReason::Stop(stop) => Some(stop),
+            AbortReason::Alone => None,
+        }
+    }
+
+    /// An instruction of `block` ended early.
+    #[cold]
+    fn after_abort(&mut self, block: &Block) -> Option<Stop> {
+        let at = self.abort_at.get();
+        let mut done = 0;
+        let mut last = 0;
+        for op in &block.ops {
+            if std::ptr::eq(op, self.abort_at.pointer()) {
+                break;
+            }
+            // An address operation precedes its instruction.
+            done += u64::from(op.offset != last);
+            last = op.offset;
+        }
+        if at.offset != last {
+            done += 1;
+        }
+        self.instructions += done;
+        let rip = self.slot(slot::RIP).wrapping_add(at.offset.into());
+        self.rip = if self.is_64bit() {
+            rip
+        } else {
+            rip & 0xffff_ffff
+        };
+        self.replay.rewind();
+        self.attention = true;
+        match self.abort {
+            AbortReason::Exception(exception) => {
+                self.replay.clear();
+                self.deliver_exception(exception)
+            }
+            AbortReason::Stop(stop) => Some(stop),
+            AbortReason::Alone => self.run_alone(),
+        }
+    }
+
+    /// Runs the one instruction at `rip`.
+    pub(super) fn run_alone(&mut self) -> Option<Stop> {
+        let shadow = std::mem::take(&mut self.shadow);
+        let stepping = self.system_flags & TF != 0;
+        self.replay.rewind();
+        let block = match self.single_block() {
+            Ok(block) => block,
+            Err(Abort) => return self.fetch_failed(),
+        };
+        self.alone = true;
+        self.regs[usize::from(slot::RIP)] = self.rip;
+        let first = At::first(&block.ops);
+        let exit = (first.get().handler)(self, first);
+        self.alone = false;
+        self.attention = true;
+        if exit == Exit::Abort {
+            if matches!(self.abort, AbortReason::Stop(_) | AbortReason::Alone) {
+                // The instruction is still to be done, in the same circumstances.
+                self.shadow = shadow;
+            }
+            if matches!(self.abort, AbortReason::Alone) {
+                // Cannot be: it was alone. Never loop over it.
+                self.abort = AbortReason::Exception(Exception::InvalidOpcode);
+            }
+            return self.after_abort(block);
+        }
+        self.replay.clear();
+        self.instructions += 1;
+        self.system_flags &= !RF;
+        if stepping {
+            return self.deliver_exception(Exception::Debug(DR6_SINGLE_STEP));
+        }
+        None
+    }
+
+    /// Looks at everything that may happen between instructions.
+    fn between(&mut self) -> Option<Stop> {
+        if !std::mem::take(&mut self.attention) {
+            return None;
+        }
+        if self.config.code.pages_added() != self.pages_added {
+            self.pages_added = self.config.code.pages_added();
+            self.tlb.withhold_writes();
+        }
+        if let Some(vector) = self.ended.take() {
+            self.attention = true;
+            return Some(Stop::EndOfInterrupt { vector });
+        }
+        if self.mailbox.has_events() {
+            if let Some(stop) = self.take_mail() {
+                return Some(stop);
+            }
+        }
+        if self.deadline != u64::MAX && self.tsc() >= self.deadline {
+            let now = self.tsc();
+            self.apic.tick(now);
+            self.deadline = self.apic.next_deadline_tsc().unwrap_or(u64::MAX);
+        }
+        if self.activity == Activity::WaitForSipi {
+            self.attention = true;
+            return Some(Stop::Halted);
+        }
+        if self.shadow {
+            return None;
+        }
+        if self.nmi_pending && !self.nmi_masked {
+            self.nmi_pending = false;
+            self.nmi_masked = true;
+            self.activity = Activity::Running;
+            self.synchronise_code();
+            return self.deliver(NMI, Source::Event, None);
+        }
+        if self.system_flags & IF != 0 && self.apic.pending_vector().is_some() {
+            let vector = self.apic.acknowledge();
+            self.activity = Activity::Running;
+            self.synchronise_code();
+            return self.deliver(vector, Source::Event, None);
+        }
+        if self.activity == Activity::Halted {
+            self.attention = true;
+            return Some(Stop::Halted);
+        }
+        None
+    }
+
+    fn take_mail(&mut self) -> Option<Stop> {
+        let posted = self.apic.poll_mailbox();
+        self.deadline = self.apic.next_deadline_tsc().unwrap_or(u64::MAX);
+        self.nmi_pending |= posted.nmi;
+        if posted.init {
+            self.reset_for_init();
+            self.apic_changed();
+            if self.config.id != 0 {
+                self.activity = Activity::WaitForSipi;
+            } else {
+                self.activity = Activity::Running;
+            }
+        }
+        if let Some(vector) = posted.sipi {
+            self.start_up(vector);
+        }
+        if posted.kick {
+            self.attention = true;
+            return Some(Stop::Kicked);
+        }
+        None
+    }
+
+    /// Delivers an interrupt, and the exceptions that this raises in turn.
+    fn deliver(&mut self, vector: u8, source: Source, error: Option<u32>) -> Option<Stop> {
+        self.alone = true;
+        let outcome = self.interrupt(vector, source, error);
+        self.alone = false;
+        self.system_flags &= if outcome.is_ok() { !RF } else { u64::MAX };
+        match (outcome, self.abort) {
+            (Ok(()), _) => None,
+            (Err(Abort), AbortReason::Exception(exception)) => self.deliver_exception(exception),
+            // The stack lies in a device.
+            (Err(Abort), _) => self.shut_down(),
+        }
+    }
+
+    /// INT n and its kin: what they raise is for the caller.
+    pub(crate) fn software_interrupt(&mut self, vector: u8, source: Source) -> Result {
+        self.interrupt(vector, source, None)
+    }
+
+    /// Delivers an exception, and those that this raises in turn (SDM vol. 3, 6.15, double fault).
+    fn deliver_exception(&mut self, first: Exception) -> Option<Stop> {
+        let mut current = first;
+        loop {
+            let mut source = Source::Fault;
+            match current {
+                Exception::PageFault(address, _) => self.cr2 = address,
+                Exception::Debug(bits) => {
+                    self.dr6 |= bits;
+                    source = Source::Event;
+                }
+                _ => {}
+            }
+            let (vector, error) = current.vector();
+            self.alone = true;
+            // Real mode pushes no error code.
+            let outcome = self.interrupt(vector, source, error);
+            self.alone = false;
+            if outcome.is_ok() {
+                self.activity = Activity::Running;
+                return None;
+            }
+            let AbortReason::Exception(second) = self.abort else {
+                return self.shut_down();
+            };
+            current = match (class(current), class(second)) {
+                (Class::DoubleFault, _) => return self.shut_down(),
+                (Class::Contributory, Class::Contributory)
+                | (Class::PageFault, Class::Contributory | Class::PageFault) => {
+                    Exception::DoubleFault
+                }
+                _ => second,
+            };
+        }
+    }
+
+    #[cold]
+    fn shut_down(&mut self) -> Option<Stop> {
+        tracing::debug!(id = self.config.id, rip = self.rip, "triple fault");
+        Some(Stop::Shutdown)
+    }
+
+    /// IRET lets NMIs in again.
+    pub(crate) fn unmask_nmi(&mut self) {
+        self.nmi_masked = false;
+        self.attention = true;
+        self.synchronise_code();
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Class {
+    Benign,
+    Contributory,
+    PageFault,
+    DoubleFault,
+}
+
+fn class(exception: Exception) -> Class {
+    match exception {
+        Exception::DivideError
+        | Exception::InvalidTss(_)
+        | Exception::SegmentNotPresent(_)
+        | Exception::StackFault(_)
+        | Exception::GeneralProtection(_) => Class::Contributory,
+        Exception::PageFault(..) => Class::PageFault,
+        Exception::DoubleFault => Class::DoubleFault,
+        _ => Class::Benign,
+    }
+}

@@ -1,0 +1,467 @@
+//! Decoded blocks by physical page, and the ways to find one.
+
+use std::cell::Cell;
+use std::collections::HashMap;
+
+use super::block::{Block, CodePage, Hasher};
+use super::{Mode, lower};
+use crate::cpu::{AbortReason, Cpu};
+use crate::exec::op::slot;
+use crate::exec::{Abort, Result};
+use crate::memory::RamPage;
+use crate::mmu::{Access, PAGE_OFFSET, is_canonical};
+
+const JUMPS: usize = 1 << 13;
+const FETCHES: usize = 256;
+/// Longest instruction.
+const MAX_BYTES: usize = 15;
+
+/// A block by its linear address, valid in one context.
+#[derive(Debug, Clone, Copy)]
+struct Jump {
+    linear: u64,
+    context: u64,
+    block: *const Block,
+}
+
+/// A page that may be executed from.
+#[derive(Debug, Clone, Copy)]
+struct Fetch {
+    /// Linear page, or 1.
+    page: u64,
+    frame: u64,
+    code: *mut CodePage,
+    global: bool,
+    large: bool,
+}
+
+const NO_FETCH: Fetch = Fetch {
+    page: 1,
+    frame: 0,
+    code: std::ptr::null_mut(),
+    global: false,
+    large: false,
+};
+
+/// A block whose only instruction lies in two pages.
+#[derive(Debug)]
+struct Spanning {
+    bytes: [u8; MAX_BYTES],
+    len: usize,
+    block: Box<Block>,
+}
+
+/// All decoded code of a processor.
+#[derive(Debug)]
+pub(crate) struct BlockCache {
+    pages: HashMap<u64, Box<CodePage>, Hasher>,
+    jumps: Box<[Jump; JUMPS]>,
+    fetches: Box<[[Fetch; FETCHES]; 2]>,
+    spanning: HashMap<u64, Spanning, Hasher>,
+    /// Contexts of the lower and the upper half of the linear addresses: a generation, and the
+    /// privilege and mode.
+    context: [u64; 2],
+    generation: [u64; 2],
+    /// Entries of `fetches` were replaced by others, so that jumps may lead where none does.
+    evicted: [bool; 2],
+    /// Code in the upper half whose translation is not global.
+    local_upper: bool,
+    /// Blocks that were dropped while one of them may have been running.
+    dropped: Vec<Box<Block>>,
+    /// Pages decoded lately, which another processor may still be storing to unseen.
+    young: Vec<(u64, u8)>,
+    /// `CodeMap::stores` when all code was last known to be true.
+    stores: u32,
+    /// The single instruction that is run by itself.
+    single: Option<Box<Block>>,
+}
+
+impl BlockCache {
+    pub(crate) fn new() -> Self {
+        Self {
+            pages: HashMap::default(),
+            jumps: Box::new(
+                [Jump {
+                    linear: 0,
+                    context: 0,
+                    block: std::ptr::null(),
+                }; JUMPS],
+            ),
+            fetches: Box::new([[NO_FETCH; FETCHES]; 2]),
+            spanning: HashMap::default(),
+            context: [0; 2],
+            generation: [1; 2],
+            evicted: [false; 2],
+            local_upper: false,
+            dropped: Vec::new(),
+            young: Vec::new(),
+            stores: 0,
+            single: None,
+        }
+    }
+
+    /// The mode or the privilege has changed.
+    pub(crate) fn set_context(&mut self, mode: Mode, user: bool) {
+        let low = (mode as u64) << 1 | u64::from(user);
+        self.context = self.generation.map(|generation| generation << 4 | low);
+    }
+
+    fn forget_jumps(&mut self, halves: [bool; 2]) {
+        for (half, forget) in halves.into_iter().enumerate() {
+            if forget {
+                self.generation[half] += 1;
+                self.context[half] += 1 << 4;
+                self.evicted[half] = false;
+            }
+        }
+    }
+
+    /// All translations of addresses are void, or all but global ones.
+    pub(crate) fn flush(&mut self, keep_global: bool) {
+        for fetch in self.fetches.iter_mut().flatten() {
+            if !(keep_global && fetch.global) {
+                *fetch = NO_FETCH;
+            }
+        }
+        self.forget_jumps([true, !keep_global || self.local_upper]);
+    }
+
+    /// The translation of one address is void.
+    pub(crate) fn flush_page(&mut self, address: u64) {
+        let upper = address >> 63 != 0;
+        let mut found = self.evicted[usize::from(upper)];
+        for fetch in self.fetches.iter_mut().flatten() {
+            let hit = fetch.page == address & !PAGE_OFFSET
+                || fetch.large && fetch.page >> 30 == address >> 30;
+            if hit {
+                *fetch = NO_FETCH;
+                found = true;
+            }
+        }
+        self.forget_jumps([found && !upper, found && upper]);
+    }
+
+    /// The block at a linear address, if it was entered lately.
+    #[inline(always)]
+    pub(crate) fn jump(&self, linear: u64) -> Option<&'static Block> {
+        let jump = &self.jumps[jump_index(linear)];
+        let context = self.context[(linear >> 63) as usize];
+        if jump.linear == linear && jump.context == context {
+            // SAFETY: blocks live until `collect`, which the loop calls between blocks only, and
+            // the context of every entry changes when a block is dropped.
+            #[expect(unsafe_code, reason = "blocks are found by pointer")]
+            return Some(unsafe { &*jump.block });
+        }
+        None
+    }
+
+    fn remember(&mut self, linear: u64, block: *const Block) {
+        self.jumps[jump_index(linear)] = Jump {
+            linear,
+            context: self.context[(linear >> 63) as usize],
+            block,
+        };
+    }
+
+    /// Frees what was dropped. No block may be running.
+    pub(crate) fn collect(&mut self) {
+        self.dropped.clear();
+    }
+
+    /// This processor has stored to a page that holds code; `count` is the page's counter since.
+    pub(crate) fn stored(&mut self, frame: u64, count: u32) {
+        if let Some(page) = self.pages.get_mut(&frame) {
+            if page.count.wrapping_add(2) == count {
+                page.count = count;
+            }
+        }
+        self.stores = self.stores.wrapping_add(1);
+    }
+
+    fn clear_page(&mut self, frame: u64) {
+        if let Some(page) = self.pages.get_mut(&frame) {
+            page.lines = 0;
+            self.dropped
+                .extend(page.blocks.drain().map(|(_, block)| block));
+            self.forget_jumps([true; 2]);
+        }
+    }
+}
+
+#[inline(always)]
+fn jump_index(linear: u64) -> usize {
+    (linear ^ linear >> 13) as usize % JUMPS
+}
+
+#[expect(unsafe_code, reason = "blocks and pages are found by pointer")]
+impl Cpu {
+    /// The block at `Cpu::rip`; decodes it if need be.
+    pub(crate) fn find_block(&mut self) -> Result<&'static Block> {
+        let linear = self.linear_rip();
+        if let Some(block) = self.blocks.jump(linear) {
+            return Ok(block);
+        }
+        let (fetch, privilege) = self.fetch(linear)?;
+        let mode = self.mode;
+        let offset = (linear & PAGE_OFFSET) as u16;
+        let key = offset << 2 | mode as u16;
+        // SAFETY: pages are boxed and never removed.
+        let code = unsafe { &mut *fetch.code };
+        if !code.blocks.contains_key(&key) {
+            let in_page = PAGE_OFFSET as usize + 1 - usize::from(offset);
+            code.refresh();
+            let bytes = &code.copy[usize::from(offset)..];
+            let lowered = lower::block(bytes, offset, mode, self.config.baseline);
+            let Some(block) = lowered else {
+                if in_page < MAX_BYTES {
+                    return self.find_spanning(linear, fetch, privilege);
+                }
+                return Err(self.undefined());
+            };
+            code.lines |= CodePage::lines_of(offset.into(), block.bytes.into());
+            code.blocks.insert(key, Box::new(block));
+        }
+        let Some(block) = code.blocks.get(&key) else {
+            return Err(self.undefined());
+        };
+        let block: *const Block = &raw const **block;
+        self.blocks.remember(linear, block);
+        // SAFETY: dropped blocks live until `collect`, between blocks.
+        Ok(unsafe { &*block })
+    }
+
+    /// The block with the instruction that begins in one page and ends in the next.
+    fn find_spanning(
+        &mut self,
+        linear: u64,
+        first: Fetch,
+        _privilege: usize,
+    ) -> Result<&'static Block> {
+        let mut bytes = [0; MAX_BYTES];
+        let split = PAGE_OFFSET as usize + 1 - (linear & PAGE_OFFSET) as usize;
+        // SAFETY: pages are boxed and never removed.
+        let ram = unsafe { (*first.code).ram };
+        copy_from(ram, (linear & PAGE_OFFSET) as usize, &mut bytes[..split]);
+        let after = (linear & !PAGE_OFFSET).wrapping_add(PAGE_OFFSET + 1);
+        let after = if self.is_64bit() {
+            after
+        } else {
+            after & 0xffff_ffff
+        };
+        let (second, _) = self.fetch(after)?;
+        // SAFETY: as above.
+        let ram = unsafe { (*second.code).ram };
+        copy_from(ram, 0, &mut bytes[split..]);
+        let key = linear << 2 | self.mode as u64;
+        let known = self
+            .blocks
+            .spanning
+            .get(&key)
+            .is_some_and(|s| s.bytes[..s.len] == bytes[..s.len]);
+        if !known {
+            let block = lower::single(
+                &bytes,
+                (linear & PAGE_OFFSET) as u16,
+                self.mode,
+                self.config.baseline,
+            );
+            let spanning = Spanning {
+                bytes,
+                len: block.bytes.into(),
+                block: Box::new(block),
+            };
+            if let Some(old) = self.blocks.spanning.insert(key, spanning) {
+                self.blocks.dropped.push(old.block);
+            }
+        }
+        let Some(spanning) = self.blocks.spanning.get(&key) else {
+            return Err(self.undefined());
+        };
+        let block: *const Block = &raw const *spanning.block;
+        // SAFETY: dropped blocks live until `collect`, between blocks.
+        Ok(unsafe { &*block })
+    }
+
+    /// A block of the one instruction at `Cpu::rip`, decoded anew.
+    pub(crate) fn single_block(&mut self) -> Result<&'static Block> {
+        let linear = self.linear_rip();
+        let offset = (linear & PAGE_OFFSET) as usize;
+        let (first, _) = self.fetch(linear)?;
+        let mut bytes = [0; MAX_BYTES];
+        let split = (PAGE_OFFSET as usize + 1 - offset).min(MAX_BYTES);
+        // SAFETY: pages are boxed and never removed.
+        let ram = unsafe { (*first.code).ram };
+        copy_from(ram, offset, &mut bytes[..split]);
+        let mut have = split;
+        if split < MAX_BYTES && !lower::is_complete(&bytes[..split], self.mode) {
+            let after = (linear & !PAGE_OFFSET).wrapping_add(PAGE_OFFSET + 1);
+            let after = if self.is_64bit() {
+                after
+            } else {
+                after & 0xffff_ffff
+            };
+            let (second, _) = self.fetch(after)?;
+            // SAFETY: as above.
+            let ram = unsafe { (*second.code).ram };
+            copy_from(ram, 0, &mut bytes[split..]);
+            have = MAX_BYTES;
+        }
+        let block = lower::single(
+            &bytes[..have],
+            offset as u16,
+            self.mode,
+            self.config.baseline,
+        );
+        let block: *const Block = &raw const **self.blocks.single.insert(Box::new(block));
+        // SAFETY: it lives until the next call, which is after it has run.
+        Ok(unsafe { &*block })
+    }
+
+    /// The page at a linear address, for execution.
+    fn fetch(&mut self, linear: u64) -> Result<(Fetch, usize)> {
+        let page = linear & !PAGE_OFFSET;
+        let privilege = self.privilege();
+        let at = (page >> 12) as usize % FETCHES;
+        let known = self.blocks.fetches[privilege as usize][at];
+        if known.page == page {
+            return Ok((known, privilege as usize));
+        }
+        if !is_canonical(linear) {
+            return Err(self.general_protection(0));
+        }
+        let translation = self.translate(linear, Access::Execute, privilege)?;
+        let frame = translation.physical >> 12;
+        let Some(ram) = self.memory.ram_page(frame) else {
+            // Nothing that could be executed answers there.
+            return Err(self.general_protection(0));
+        };
+        let fetch = Fetch {
+            page,
+            frame,
+            code: self.enter_page(frame, ram),
+            global: translation.global,
+            large: translation.large,
+        };
+        let upper = linear >> 63 != 0;
+        if known.page != NO_FETCH.page {
+            self.blocks.evicted[usize::from(known.page >> 63 != 0)] = true;
+        }
+        // Jumps into the upper half outlive a load of CR3.
+        self.blocks.local_upper |= upper && !translation.global;
+        self.blocks.fetches[privilege as usize][at] = fetch;
+        Ok((fetch, privilege as usize))
+    }
+
+    /// The code of a page that is entered for execution, compared with what is there now.
+    fn enter_page(&mut self, frame: u64, ram: RamPage) -> *mut CodePage {
+        if let Some(page) = self.blocks.pages.get_mut(&frame) {
+            let pointer: *mut CodePage = &raw mut **page;
+            let count = self.config.code.count(frame);
+            if page.is_true() {
+                page.count = count;
+            } else {
+                self.blocks.clear_page(frame);
+                if let Some(page) = self.blocks.pages.get_mut(&frame) {
+                    page.count = count;
+                }
+            }
+            return pointer;
+        }
+        let count = self.config.code.add(frame);
+        self.tlb.withhold_writes_to(ram.host);
+        self.blocks.young.push((frame, 8));
+        let page = self
+            .blocks
+            .pages
+            .entry(frame)
+            .or_insert_with(|| Box::new(CodePage::new(frame, ram, count)));
+        &raw mut **page
+    }
+
+    /// A store will hit a page that holds code. Drops what it hits; ends the instruction, to be
+    /// run again by itself, when it belongs to a block of that page.
+    pub(crate) fn drop_code(&mut self, physical: u64, bytes: u64) -> Result {
+        let frame = physical >> 12;
+        let Some(page) = self.blocks.pages.get(&frame) else {
+            return Ok(());
+        };
+        if page.lines & CodePage::lines_of(physical & PAGE_OFFSET, bytes) == 0 {
+            return Ok(());
+        }
+        if !self.alone {
+            let running = self.slot(slot::RIP).wrapping_add(self.slot(slot::CS));
+            let running = if self.is_64bit() {
+                running
+            } else {
+                running & 0xffff_ffff
+            };
+            let at = (running >> 12) as usize % FETCHES;
+            let fetch = self.blocks.fetches[self.privilege() as usize][at];
+            // What is not known is taken to be the same page.
+            if fetch.page != running & !PAGE_OFFSET || fetch.frame == frame {
+                self.abort = AbortReason::Alone;
+                return Err(Abort);
+            }
+        }
+        self.blocks.clear_page(frame);
+        Ok(())
+    }
+
+    /// A serialising moment: code that other processors changed is dropped.
+    pub(crate) fn synchronise_code(&mut self) {
+        let stores = self.config.code.stores();
+        if stores != self.blocks.stores {
+            self.blocks.stores = stores;
+            let changed: Vec<(u64, u32)> = self
+                .blocks
+                .pages
+                .values()
+                .map(|page| (page.frame, page.count))
+                .filter(|(frame, count)| self.config.code.count(*frame) != *count)
+                .map(|(frame, _)| (frame, self.config.code.count(frame)))
+                .collect();
+            for (frame, count) in changed {
+                self.verify_page(frame);
+                if let Some(page) = self.blocks.pages.get_mut(&frame) {
+                    page.count = count;
+                }
+            }
+        }
+        if !self.blocks.young.is_empty() {
+            let mut young = std::mem::take(&mut self.blocks.young);
+            young.retain_mut(|(frame, rounds)| {
+                self.verify_page(*frame);
+                *rounds -= 1;
+                *rounds > 0
+            });
+            self.blocks.young = young;
+        }
+    }
+
+    fn verify_page(&mut self, frame: u64) {
+        if self
+            .blocks
+            .pages
+            .get(&frame)
+            .is_some_and(|page| !page.is_true())
+        {
+            self.blocks.clear_page(frame);
+        }
+    }
+}
+
+fn copy_from(ram: RamPage, at: usize, bytes: &mut [u8]) {
+    use crate::host::HostValue;
+    for (index, byte) in bytes.iter_mut().enumerate() {
+        // SAFETY: the caller stays within the page, which `ram_page` vouches for.
+        #[expect(unsafe_code, reason = "guest memory is reached by pointer")]
+        unsafe {
+            *byte = u8::load(ram.host.as_ptr().add((at + index) & 0xfff));
+        }
+    }
+}
+
+/// No link yet.
+pub(crate) fn no_links() -> [Cell<*const Block>; 2] {
+    [Cell::new(std::ptr::null()), Cell::new(std::ptr::null())]
+}

@@ -1,0 +1,25 @@
+//! From bytes to blocks of operations, and where blocks are kept.
+
+mod block;
+mod cache;
+mod cold;
+mod lower;
+mod tables;
+
+pub(crate) use block::Block;
+pub(crate) use cache::BlockCache;
+pub(crate) use cold::Cold;
+
+/// The size of code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mode {
+    Bits16 = 0,
+    Bits32 = 1,
+    Bits64 = 2,
+}
+
+impl Mode {
+    pub(crate) fn bits(self) -> u32 {
+        16 << self as u32
+    }
+}
