@@ -296,7 +296,7 @@ unsafe extern "C" {
 /// Only instructions that neither wait nor load or store control state may be made into one;
 /// [`super::x87`] executes those itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct X87Routine(u16);
+pub(super) struct X87Routine(pub(super) u16);
 
 impl X87Routine {
     /// `opcode` is D8 to DF, `form` the second byte, C0 to FF.

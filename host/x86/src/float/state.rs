@@ -236,9 +236,9 @@ impl FloatState {
         }
     }
 
-    /// Loads XMM0 to XMM15 from an image.
-    pub(crate) fn load_xmm(&mut self, image: &[u8; FXSAVE_BYTES]) {
-        for (index, register) in self.xmm.iter_mut().enumerate() {
+    /// Loads the first `count` XMM registers from an image.
+    pub(crate) fn load_xmm(&mut self, image: &[u8; FXSAVE_BYTES], count: usize) {
+        for (index, register) in self.xmm.iter_mut().take(count).enumerate() {
             *register = le128(image, 160 + index * 16);
         }
     }
@@ -251,7 +251,7 @@ impl FloatState {
         let mut state = Self::default();
         state.set_mxcsr(le32(image, 24))?;
         state.load_x87(image);
-        state.load_xmm(image);
+        state.load_xmm(image, 16);
         Ok(state)
     }
 
@@ -292,7 +292,7 @@ impl FloatState {
             state.load_x87(legacy);
         }
         if xstate_bv & XSAVE_SSE != 0 {
-            state.load_xmm(legacy);
+            state.load_xmm(legacy, 16);
         }
         Ok(state)
     }

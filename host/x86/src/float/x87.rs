@@ -187,6 +187,11 @@ impl FloatState {
         self.tags = 0xff;
     }
 
+    /// An MMX register, before [`Self::enter_mmx`] as well as after.
+    pub(super) fn mmx_before_entry(&self, index: usize) -> u64 {
+        self.st[index.wrapping_sub(self.top()) & 7] as u64
+    }
+
     /// An MMX register, after [`Self::enter_mmx`].
     pub(super) fn mmx(&self, index: usize) -> u64 {
         self.st[index & 7] as u64
