@@ -2,6 +2,9 @@
 //!
 //! Everything here takes MXCSR to be updated and returns `None` when an unmasked exception was
 //! found: MXCSR then has the flags, and the destination must stay as it was.
+//!
+//! One deviation is known: beside an *unmasked* overflow or underflow, PE tells whether the masked
+//! result is inexact, and not whether the result with an unbounded exponent would be.
 
 use super::host::{self, Arithmetic, Compare, Environment, ToInteger};
 use super::lanes::{Lane, from_index};

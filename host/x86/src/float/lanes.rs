@@ -13,36 +13,39 @@ pub(crate) trait Lane: Copy + Default {
 }
 
 macro_rules! lane {
-    ($($name:ty, $unsigned:ty, $count:literal;)*) => {$(
+    ($($name:ty, $count:literal;)*) => {$(
         impl Lane for $name {
             type All = [Self; $count];
 
             #[inline(always)]
             fn split(register: u128) -> Self::All {
-                std::array::from_fn(|lane| (register >> (lane * <$name>::BITS as usize)) as $name)
+                let bytes = register.to_le_bytes();
+                let (lanes, _) = bytes.as_chunks::<{ size_of::<$name>() }>();
+                std::array::from_fn(|lane| <$name>::from_le_bytes(lanes[lane]))
             }
 
             #[inline(always)]
             fn join(lanes: Self::All) -> u128 {
-                let mut register = 0;
-                for (lane, value) in lanes.into_iter().enumerate() {
-                    register |= u128::from(value as $unsigned) << (lane * <$name>::BITS as usize);
+                let mut bytes = [0; 16];
+                let (slots, _) = bytes.as_chunks_mut::<{ size_of::<$name>() }>();
+                for (slot, lane) in slots.iter_mut().zip(lanes) {
+                    *slot = lane.to_le_bytes();
                 }
-                register
+                u128::from_le_bytes(bytes)
             }
         }
     )*};
 }
 
 lane! {
-    u8, u8, 16;
-    i8, u8, 16;
-    u16, u16, 8;
-    i16, u16, 8;
-    u32, u32, 4;
-    i32, u32, 4;
-    u64, u64, 2;
-    i64, u64, 2;
+    u8, 16;
+    i8, 16;
+    u16, 8;
+    i16, 8;
+    u32, 4;
+    i32, 4;
+    u64, 2;
+    i64, 2;
 }
 
 /// Applies `f` to each lane.

@@ -7,11 +7,17 @@ mod arithmetic;
 mod host;
 mod integer;
 mod lanes;
+#[cfg(any())]
+mod lower;
 mod shuffle;
 mod state;
 mod string;
+#[cfg(target_arch = "x86_64")]
+mod vector;
 mod x87;
 
+#[cfg(any())]
+pub(crate) use lower::{Lowered, lower};
 pub use state::{
     FXSAVE_BYTES, FloatState, FloatStateError, MXCSR_MASK, XCR0_SUPPORTED, XSAVE_BYTES, XSAVE_SSE,
     XSAVE_X87,

@@ -4,7 +4,10 @@
 //! instruction. What follows it there jumps back through a pointer in that page; a fault or a
 //! breakpoint arrives as a signal, whose handler takes the registers from the signal frame.
 
-#![expect(unsafe_code, reason = "executes arbitrary instructions with arbitrary registers")]
+#![expect(
+    unsafe_code,
+    reason = "executes arbitrary instructions with arbitrary registers"
+)]
 
 use std::arch::asm;
 use std::ptr::{self, NonNull};
@@ -51,14 +54,27 @@ fn control() -> *mut Control {
 /// Maps `bytes` at `address`.
 fn map(address: u64, bytes: usize, protection: i32, file: Option<i32>) -> *mut u8 {
     let place = ptr::without_provenance_mut(address as usize);
-    let fixed = if address == 0 { 0 } else { libc::MAP_FIXED_NOREPLACE };
+    let fixed = if address == 0 {
+        0
+    } else {
+        libc::MAP_FIXED_NOREPLACE
+    };
     let kind = if file.is_some() {
         libc::MAP_SHARED
     } else {
         libc::MAP_PRIVATE | libc::MAP_ANONYMOUS
     };
     // SAFETY: a new mapping, at a place where there is none.
-    let mapped = unsafe { libc::mmap(place, bytes, protection, kind | fixed, file.unwrap_or(-1), 0) };
+    let mapped = unsafe {
+        libc::mmap(
+            place,
+            bytes,
+            protection,
+            kind | fixed,
+            file.unwrap_or(-1),
+            0,
+        )
+    };
     assert!(
         mapped != libc::MAP_FAILED && (address == 0 || mapped as u64 == address),
         "cannot map {address:#x}: {}",
@@ -125,8 +141,18 @@ impl Native {
         let code = unsafe {
             let file = libc::memfd_create(c"differential".as_ptr(), 0);
             assert_eq!(libc::ftruncate(file, CODE_BYTES as i64), 0);
-            map(CODE, CODE_BYTES, libc::PROT_READ | libc::PROT_EXEC, Some(file));
-            let code = map(0, CODE_BYTES, libc::PROT_READ | libc::PROT_WRITE, Some(file));
+            map(
+                CODE,
+                CODE_BYTES,
+                libc::PROT_READ | libc::PROT_EXEC,
+                Some(file),
+            );
+            let code = map(
+                0,
+                CODE_BYTES,
+                libc::PROT_READ | libc::PROT_WRITE,
+                Some(file),
+            );
             libc::close(file);
             let stack = libc::stack_t {
                 ss_sp: map(0, 0x1_0000, libc::PROT_READ | libc::PROT_WRITE, None).cast(),

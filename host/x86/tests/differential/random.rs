@@ -127,10 +127,13 @@ impl Random {
             3..=5 => pair(self.double(), self.double()),
             6 => {
                 let alphabet = self.pick(&[2, 4, 26]);
-                let text = (0..16).fold(0, |value, _| value << 8 | u128::from(self.below(alphabet)));
+                let text =
+                    (0..16).fold(0, |value, _| value << 8 | u128::from(self.below(alphabet)));
                 text << self.pick(&[0, 0, 8, 40]) >> self.pick(&[0, 0, 16, 64])
             }
-            7 => (0..8).fold(0, |value, _| value << 16 | u128::from(self.integer() as u16)),
+            7 => (0..8).fold(0, |value, _| {
+                value << 16 | u128::from(self.integer() as u16)
+            }),
             8 => pair(self.integer(), self.integer()),
             _ => pair(self.next(), self.next()),
         }

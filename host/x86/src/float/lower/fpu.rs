@@ -1,12 +1,12 @@
 //! x87 instructions, and FXSAVE with FXRSTOR.
 
-use iced_x86::{Code, Instruction, MandatoryPrefix, Mnemonic, OpKind};
+use iced_x86::{Code, Instruction, Mnemonic, OpCodeTableKind, OpKind};
 
 use super::{Lowered, immediate, is_register};
 use crate::cpu::Cpu;
-use crate::cpu::control::{CR0_EM, CR0_PE, CR0_TS, CR4_OSFXSR};
+use crate::cpu::control::{CR0_EM, CR0_TS, CR4_OSFXSR};
 use crate::exec::Result;
-use crate::exec::flags::{Flags, VM};
+use crate::exec::flags::{Flags, OF};
 use crate::exec::op::{Handler, Op, slot, straight};
 use crate::float::host::{X87Operand, X87Routine};
 use crate::float::state::{FXSAVE_BYTES, MXCSR_MASK};
@@ -82,14 +82,13 @@ fn note(cpu: &mut Cpu, op: &Op) {
 }
 
 fn address(cpu: &Cpu, op: &Op) -> u64 {
-    let linear = cpu.slot(slot::RIP).wrapping_add(op.offset.into());
-    linear.wrapping_sub(0)
+    cpu.slot(slot::RIP).wrapping_add(op.offset.into())
 }
 
 fn layout<const WIDE: bool>(cpu: &Cpu) -> Layout {
     Layout {
         wide: WIDE,
-        protected: cpu.cr0 & CR0_PE != 0 && cpu.rflags_system() & VM == 0,
+        protected: cpu.is_protected(),
     }
 }
 
@@ -181,8 +180,9 @@ fn fxsave<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Result {
         image[12..16].fill(0);
         image[20..24].fill(0);
     }
-    let bytes = image_bytes(cpu);
-    cpu.write_bytes(cpu.ea(op), op.seg, &image[..bytes])
+    let (at, bytes) = (cpu.ea(op), image_bytes(cpu));
+    cpu.check_writable(at, FXSAVE_BYTES as u64, op.seg)?;
+    cpu.write_bytes(at, op.seg, &image[..bytes])
 }
 
 fn fxrstor<const WIDE: bool>(cpu: &mut Cpu, op: &Op) -> Result {
@@ -221,7 +221,7 @@ fn arithmetic(instruction: &Instruction) -> Option<Lowered> {
     let code = instruction.code();
     let info = code.op_code();
     // The forms with a preceding WAIT are two instructions to the processor.
-    if !instruction.is_fpu() || info.mandatory_prefix() != MandatoryPrefix::None || info.fwait() {
+    if info.fwait() || info.op_code_len() == 0 {
         return None;
     }
     let first = if info.op_code_len() == 2 {
@@ -229,7 +229,7 @@ fn arithmetic(instruction: &Instruction) -> Option<Lowered> {
     } else {
         info.op_code() as u8
     };
-    if first & 0xf8 != 0xd8 {
+    if first & 0xf8 != 0xd8 || info.table() != OpCodeTableKind::Normal {
         return None;
     }
     if info.op_code_len() == 2 {
@@ -258,7 +258,7 @@ fn register_form(instruction: &Instruction, first: u8, second: u8) -> Lowered {
     let handler = match instruction.mnemonic() {
         Fcomi | Fcomip | Fucomi | Fucomip => straight(|cpu, op| {
             let flags = run_register(cpu, op)?;
-            cpu.flags = Flags::from_rflags(flags);
+            cpu.flags = Flags::from_rflags(flags & !OF);
             Ok(())
         }),
         _ => straight(|cpu, op| run_register(cpu, op).map(|_| ())),
@@ -285,7 +285,9 @@ fn run_register(cpu: &mut Cpu, op: &Op) -> Result<u64> {
     let place = place(cpu, op, None);
     let flags = cpu.flags.to_rflags();
     let mut operand = X87Operand::default();
-    let outcome = cpu.float.execute_x87(routine(op), place, &mut operand, flags);
+    let outcome = cpu
+        .float
+        .execute_x87(routine(op), place, &mut operand, flags);
     Ok(outcome.flags)
 }
 
@@ -306,7 +308,8 @@ fn memory_form(first: u8, group: u8) -> Option<Handler> {
             cpu.read_bytes(at, op.seg, &mut operand.0[..bytes])?;
             let place = place(cpu, op, Some(cpu.offset(op)));
             let flags = cpu.flags.to_rflags();
-            cpu.float.execute_x87(routine(op), place, &mut operand, flags);
+            cpu.float
+                .execute_x87(routine(op), place, &mut operand, flags);
             Ok(())
         })
     } else {
@@ -318,8 +321,11 @@ fn memory_form(first: u8, group: u8) -> Option<Handler> {
             let bytes = usize::from(op.dst).min(operand.0.len());
             let mut after = cpu.float.clone();
             let outcome = after.execute_x87(routine(op), place, &mut operand, flags);
+            let at = cpu.ea(op);
             if outcome.stores {
-                cpu.write_bytes(cpu.ea(op), op.seg, &operand.0[..bytes])?;
+                cpu.write_bytes(at, op.seg, &operand.0[..bytes])?;
+            } else {
+                cpu.check_writable(at, bytes as u64, op.seg)?;
             }
             cpu.float = after;
             Ok(())

@@ -9,7 +9,7 @@ mod moves;
 mod packed;
 mod sse;
 
-use iced_x86::{Instruction, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use crate::cpu::Cpu;
 use crate::exec::op::{Handler, Op, straight};
@@ -35,10 +35,15 @@ pub(crate) fn lower(instruction: &Instruction) -> Option<Lowered> {
     let handler = moves::lower(instruction)
         .or_else(|| packed::lower(instruction))
         .or_else(|| sse::lower(instruction))?;
+    // The masked stores have an implied memory operand before their registers.
+    let first = match instruction.mnemonic() {
+        Mnemonic::Maskmovq | Mnemonic::Maskmovdqu => 1,
+        _ => 0,
+    };
     Some(Lowered {
         handler,
-        dst: register_number(instruction.op0_register()),
-        src: register_number(instruction.op1_register()),
+        dst: register_number(instruction.op_register(first)),
+        src: register_number(instruction.op_register(first + 1)),
         imm: immediate(instruction),
     })
 }
@@ -124,7 +129,8 @@ fn check_mmx(cpu: &mut Cpu) -> Result {
 /// #XM, or #UD where the system does not expect it.
 #[cold]
 fn simd_exception(cpu: &mut Cpu) -> crate::exec::Abort {
-    if cpu.cr4 & crate::cpu::control::CR4_OSXMMEXCPT != 0 {
+    const CR4_OSXMMEXCPT: u64 = 1 << 10;
+    if cpu.cr4 & CR4_OSXMMEXCPT != 0 {
         cpu.raise(Exception::Simd)
     } else {
         cpu.undefined()

@@ -271,9 +271,9 @@ fn masked_stores(instruction: &Instruction) -> Option<Handler> {
             check_mmx(cpu)?;
             let value = cpu.float.mmx_before_entry(op.dst.into());
             let mask = cpu.float.mmx_before_entry(op.src.into());
-            store_masked(cpu, op, &value.to_le_bytes(), &mask.to_le_bytes())?;
+            // Here the change-over comes first, as processors have it, and stays after a fault.
             cpu.float.enter_mmx();
-            Ok(())
+            store_masked(cpu, op, &value.to_le_bytes(), &mask.to_le_bytes())
         }),
         Maskmovdqu => straight(|cpu, op| {
             cpu.check_sse()?;
@@ -287,6 +287,7 @@ fn masked_stores(instruction: &Instruction) -> Option<Handler> {
 /// Stores the bytes whose mask byte is negative.
 fn store_masked(cpu: &mut Cpu, op: &Op, value: &[u8], mask: &[u8]) -> Result {
     let at = cpu.ea(op);
+    cpu.check_writable(at, value.len() as u64, op.seg)?;
     for (index, (byte, mask)) in value.iter().zip(mask).enumerate() {
         if mask & 0x80 != 0 {
             cpu.store(at.wrapping_add(index as u64), op.seg, *byte)?;

@@ -30,7 +30,7 @@ macro_rules! immediate_table {
 
 /// Instructions that exist for MMX and XMM registers; `wide` ones depend on the width.
 macro_rules! both_table {
-    ($instruction:expr; $($mnemonic:ident: $f:ident;)* wide $($mnemonic_wide:ident: $wide:ident;)*) => {{
+    ($instruction:expr; $($mnemonic:ident: $f:ident;)* ; wide $($mnemonic_wide:ident: $wide:ident;)*) => {{
         let mmx = $instruction.op0_register().is_mm();
         match $instruction.mnemonic() {
             $(Mnemonic::$mnemonic => Some(if mmx {
@@ -49,12 +49,44 @@ macro_rules! both_table {
 }
 
 pub(super) fn lower(instruction: &Instruction) -> Option<Handler> {
-    both(instruction)
+    vectors(instruction)
+        .or_else(|| both(instruction))
         .or_else(|| unpack_low(instruction))
         .or_else(|| xmm_only(instruction))
         .or_else(|| shuffles(instruction))
         .or_else(|| by_immediate(instruction))
         .or_else(|| blend_by_xmm0(instruction))
+}
+
+/// XMM forms for which the host has one instruction.
+#[cfg(target_arch = "x86_64")]
+fn vectors(instruction: &Instruction) -> Option<Handler> {
+    use crate::float::vector;
+    if instruction.op0_register().is_mm() {
+        return None;
+    }
+    xmm_table! { instruction;
+        Paddb: M128, vector::paddb; Paddw: M128, vector::paddw;
+        Paddd: M128, vector::paddd; Paddq: M128, vector::paddq;
+        Psubb: M128, vector::psubb; Psubw: M128, vector::psubw;
+        Psubd: M128, vector::psubd; Psubq: M128, vector::psubq;
+        Psubusb: M128, vector::psubusb;
+        Pminub: M128, vector::pminub; Pmaxub: M128, vector::pmaxub;
+        Pcmpeqb: M128, vector::pcmpeqb; Pcmpeqw: M128, vector::pcmpeqw;
+        Pcmpeqd: M128, vector::pcmpeqd;
+        Pcmpgtb: M128, vector::pcmpgtb; Pcmpgtw: M128, vector::pcmpgtw;
+        Pcmpgtd: M128, vector::pcmpgtd;
+        Packuswb: M128, vector::packuswb;
+        Punpcklbw: M128, vector::punpcklbw; Punpcklwd: M128, vector::punpcklwd;
+        Punpckldq: M128, vector::punpckldq; Unpcklps: M128, vector::punpckldq;
+        Punpckhbw: M128, vector::punpckhbw; Punpckhwd: M128, vector::punpckhwd;
+        Punpckhdq: M128, vector::punpckhdq; Unpckhps: M128, vector::punpckhdq;
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn vectors(_: &Instruction) -> Option<Handler> {
+    None
 }
 
 fn both(instruction: &Instruction) -> Option<Handler> {
@@ -75,7 +107,7 @@ fn both(instruction: &Instruction) -> Option<Handler> {
         Psllw: psllw; Pslld: pslld; Psllq: psllq;
         Psrlw: psrlw; Psrld: psrld; Psrlq: psrlq;
         Psraw: psraw; Psrad: psrad;
-        wide
+        ; wide
         Packsswb: packsswb; Packuswb: packuswb; Packssdw: packssdw;
         Punpckhbw: punpckhbw; Punpckhwd: punpckhwd; Punpckhdq: punpckhdq;
         Phaddw: phaddw; Phaddd: phaddd; Phaddsw: phaddsw;

@@ -167,8 +167,7 @@ fn by_immediate(instruction: &Instruction) -> Option<Handler> {
 
 /// Conversions between MMX and XMM registers.
 fn with_mmx(instruction: &Instruction) -> Option<Handler> {
-    /// XMM register from an MMX register; with memory the x87 state is left alone if `f` is to
-    /// double precision.
+    /// XMM register from an MMX register; with memory the x87 state is left alone.
     fn from_mmx<const FROM: u8, const ENTERS: bool>(f: impl Float) -> Handler {
         straight(move |cpu, op| {
             cpu.check_sse()?;
@@ -177,12 +176,12 @@ fn with_mmx(instruction: &Instruction) -> Option<Handler> {
             }
             let b = source::<FROM>(cpu, op)?;
             let a = xmm(cpu, op.dst);
-            let Some(result) = f((a, b), 0, &mut cpu.float.mxcsr) else {
-                return Err(simd_exception(cpu));
-            };
             if ENTERS {
                 cpu.float.enter_mmx();
             }
+            let Some(result) = f((a, b), 0, &mut cpu.float.mxcsr) else {
+                return Err(simd_exception(cpu));
+            };
             set_xmm(cpu, op.dst, result);
             Ok(())
         })
@@ -190,10 +189,11 @@ fn with_mmx(instruction: &Instruction) -> Option<Handler> {
     /// MMX register from an XMM register or memory.
     fn to_mmx<const MEMORY: u8>(instruction: &Instruction, f: Arithmetic2) -> Handler {
         let body = |cpu: &mut Cpu, op: &crate::exec::op::Op, b: u128, f: Arithmetic| -> Result {
+            // The state has changed over even when #XM comes.
+            cpu.float.enter_mmx();
             let Some(result) = arithmetic::compute(f, NEVER, (0, b), &mut cpu.float.mxcsr) else {
                 return Err(simd_exception(cpu));
             };
-            cpu.float.enter_mmx();
             cpu.float.set_mmx(op.dst.into(), result as u64);
             Ok(())
         };
@@ -229,12 +229,11 @@ fn with_mmx(instruction: &Instruction) -> Option<Handler> {
         let result = arithmetic::compute(host::cvtdq2ps, NEVER, (0, b), mxcsr)?;
         Some(crate::float::shuffle::merge_low_64(a, result))
     };
-    let to_double = |ab, _: u8, mxcsr: &mut u32| {
-        arithmetic::compute(host::cvtdq2pd, NEVER, ab, mxcsr)
-    };
+    let to_double =
+        |ab, _: u8, mxcsr: &mut u32| arithmetic::compute(host::cvtdq2pd, NEVER, ab, mxcsr);
     Some(match instruction.mnemonic() {
         Mnemonic::Cvtpi2ps if register => from_mmx::<MMX, true>(to_single),
-        Mnemonic::Cvtpi2ps => from_mmx::<M64, true>(to_single),
+        Mnemonic::Cvtpi2ps => from_mmx::<M64, false>(to_single),
         Mnemonic::Cvtpi2pd if register => from_mmx::<MMX, true>(to_double),
         Mnemonic::Cvtpi2pd => from_mmx::<M64, false>(to_double),
         Mnemonic::Cvtps2pi => to_mmx::<M64>(instruction, Arithmetic2::Single),

@@ -1,0 +1,354 @@
+//! Runs an instruction on the software CPU: user mode, with the native side's addresses.
+//!
+//! Every exception leads through the IDT to an HLT of its own, so that a run ends with
+//! [`Stop::Halted`] and the processor's RIP says which exception it was.
+
+#![expect(
+    unsafe_code,
+    reason = "hands out pointers to the pages that stand for RAM"
+)]
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU8;
+
+use dunlin_x86::cpuid::X86_64_V2;
+use dunlin_x86::kvmclock::GuestClock;
+use dunlin_x86::lapic::{InterruptRouter, Mailbox};
+use dunlin_x86::memory::{PhysicalMemory, RamPage};
+use dunlin_x86::state::{CpuState, DescriptorTable, Segment, gpr, segment};
+use dunlin_x86::{CodeMap, Cpu, CpuConfig, Stop};
+
+use crate::layout::*;
+
+/// Page frames of the software CPU's memory.
+mod frame {
+    pub const ROOT: usize = 1;
+    pub const LOW_DIRECTORIES: usize = 2;
+    pub const LOW_DIRECTORY: usize = 3;
+    pub const CODE_TABLE: usize = 4;
+    pub const DATA_TABLE: usize = 5;
+    pub const HIGH_DIRECTORIES: usize = 6;
+    pub const HIGH_DIRECTORY: usize = 7;
+    pub const HIGH_TABLE: usize = 8;
+    pub const GDT: usize = 9;
+    pub const IDT: usize = 10;
+    pub const TASK: usize = 11;
+    pub const STACK: usize = 12;
+    pub const HANDLERS: usize = 13;
+    pub const USER_CODE: usize = 16;
+    pub const USER_DATA: usize = 32;
+    pub const USER_STACK: usize = 34;
+    pub const COUNT: usize = 35;
+}
+
+/// Where the kernel's pages are: page frame number times page size above it.
+const KERNEL: u64 = 0xffff_8000_0000_0000;
+const HANDLER_BYTES: u64 = 16;
+
+const PRESENT: u64 = 1 << 0;
+const WRITABLE: u64 = 1 << 1;
+const USER: u64 = 1 << 2;
+const ACCESSED_DIRTY: u64 = 3 << 5;
+const NO_EXECUTE: u64 = 1 << 63;
+
+#[repr(C, align(4096))]
+struct Page([u8; PAGE]);
+
+/// Pages that both the processor and the test touch, by turns.
+struct Ram {
+    pages: NonNull<Page>,
+    marks: Vec<AtomicU8>,
+}
+
+// SAFETY: the pages live until the process ends, and one thread uses them.
+unsafe impl Send for Ram {}
+// SAFETY: as above.
+unsafe impl Sync for Ram {}
+
+impl std::fmt::Debug for Ram {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Ram")
+    }
+}
+
+impl Ram {
+    fn new() -> Self {
+        let pages: Box<[Page]> = (0..frame::COUNT).map(|_| Page([0; PAGE])).collect();
+        let pages = NonNull::new(Box::leak(pages).as_mut_ptr()).expect("a box is not null");
+        Self {
+            pages,
+            marks: (0..frame::COUNT).map(|_| AtomicU8::new(0)).collect(),
+        }
+    }
+
+    #[expect(
+        clippy::mut_from_ref,
+        reason = "shared with the processor, which does not run now"
+    )]
+    fn bytes(&self, first: usize, pages: usize) -> &mut [u8] {
+        assert!(first + pages <= frame::COUNT);
+        // SAFETY: within the pages; no other reference is alive while the caller has this one.
+        unsafe {
+            let start = self.pages.as_ptr().add(first).cast::<u8>();
+            std::slice::from_raw_parts_mut(start, pages * PAGE)
+        }
+    }
+
+    fn set_u64(&self, first: usize, index: usize, value: u64) {
+        self.bytes(first, 1)[index * 8..index * 8 + 8].copy_from_slice(&value.to_le_bytes());
+    }
+
+    fn u64(&self, first: usize, at: usize) -> u64 {
+        let bytes = &self.bytes(first, 1)[at..at + 8];
+        u64::from_le_bytes(bytes.try_into().expect("eight bytes"))
+    }
+}
+
+impl PhysicalMemory for Ram {
+    fn ram_page(&self, frame: u64) -> Option<RamPage> {
+        let index = usize::try_from(frame).ok()?;
+        let mark = self.marks.get(index)?;
+        // SAFETY: within the pages.
+        let host = unsafe { self.pages.add(index) }.cast();
+        Some(RamPage {
+            host,
+            mark: NonNull::from(mark),
+        })
+    }
+}
+
+#[derive(Debug)]
+struct NoRouter;
+
+impl InterruptRouter for NoRouter {
+    fn send_ipi(&self, _from: u32, _icr: u64) {}
+}
+
+/// The software CPU with its memory.
+pub struct Software {
+    ram: Arc<Ram>,
+    cpu: Cpu,
+    clock: Arc<GuestClock>,
+    state: CpuState,
+}
+
+fn segment(selector: u16, access: u16) -> Segment {
+    Segment {
+        selector,
+        base: 0,
+        limit: u32::MAX,
+        access,
+        unusable: false,
+    }
+}
+
+fn processor(ram: &Arc<Ram>, clock: &Arc<GuestClock>) -> Cpu {
+    let config = CpuConfig {
+        id: 0,
+        cpus: 1,
+        baseline: &X86_64_V2,
+        clock: Arc::clone(clock),
+        code: Arc::new(CodeMap::new()),
+    };
+    Cpu::new(
+        config,
+        Arc::clone(ram) as Arc<dyn PhysicalMemory>,
+        Arc::new(Mailbox::new(0)),
+        Arc::new(NoRouter),
+    )
+}
+
+impl Software {
+    pub fn new() -> Self {
+        let ram = Arc::new(Ram::new());
+        page_tables(&ram);
+        descriptors(&ram);
+        let clock = Arc::new(GuestClock::new(1_000_000));
+        let mut cpu = processor(&ram, &clock);
+        let state = user_state(&mut cpu);
+        Self {
+            ram,
+            cpu,
+            clock,
+            state,
+        }
+    }
+
+    /// Replaces the instructions. The processor is made anew, and with it what it had decoded.
+    pub fn set_code(&mut self, code: &[u8]) {
+        self.ram
+            .bytes(frame::USER_CODE, CODE_BYTES / PAGE)
+            .copy_from_slice(code);
+        self.cpu = processor(&self.ram, &self.clock);
+    }
+
+    /// Data and stack.
+    pub fn scratch(&mut self) -> [&mut [u8]; 2] {
+        let both = self.ram.bytes(frame::USER_DATA, 3);
+        let (data, stack) = both.split_at_mut(DATA_BYTES);
+        [data, stack]
+    }
+
+    /// Runs from `input.rip` to the next exception.
+    pub fn run(&mut self, input: &Machine) -> (Machine, End) {
+        let state = &mut self.state;
+        state.gpr = input.gpr;
+        state.rip = input.rip;
+        state.rflags = input.rflags;
+        state.xsave[..512].copy_from_slice(&input.float);
+        if let Err(error) = self.cpu.set_state(state) {
+            panic!("state refused: {error} {input:x?}", input = input.gpr);
+        }
+        match self.cpu.run() {
+            Stop::Halted => {}
+            other => panic!("unexpected stop {other:?} at {:#x}", self.cpu.state().rip),
+        }
+        let after = self.cpu.state();
+        let mut output = Machine {
+            float: [0; 512],
+            gpr: after.gpr,
+            rflags: 0,
+            rip: 0,
+        };
+        output.float.copy_from_slice(&after.xsave[..512]);
+        let handlers = KERNEL + (frame::HANDLERS * PAGE) as u64;
+        let vector = ((after.rip - 1 - handlers) / HANDLER_BYTES) as u8;
+        let mut at = (after.gpr[gpr::RSP] as usize) % PAGE;
+        let mut code = 0;
+        if matches!(vector, 8 | 10..=14 | 17) {
+            code = self.ram.u64(frame::STACK, at);
+            at += 8;
+        }
+        output.rip = self.ram.u64(frame::STACK, at);
+        output.rflags = self.ram.u64(frame::STACK, at + 16);
+        output.gpr[gpr::RSP] = self.ram.u64(frame::STACK, at + 24);
+        let end = match vector {
+            3 => End::At(output.rip - 1),
+            vector => End::Fault {
+                vector,
+                code,
+                address: if vector == 14 { after.cr2 } else { 0 },
+            },
+        };
+        (output, end)
+    }
+}
+
+fn page_tables(ram: &Ram) {
+    let entry = |frame: usize, bits: u64| (frame * PAGE) as u64 | bits | PRESENT | ACCESSED_DIRTY;
+    let index = |address: u64, level: u32| (address >> (12 + 9 * level)) as usize & 511;
+    let table = USER | WRITABLE;
+    ram.set_u64(frame::ROOT, 0, entry(frame::LOW_DIRECTORIES, table));
+    ram.set_u64(
+        frame::LOW_DIRECTORIES,
+        0,
+        entry(frame::LOW_DIRECTORY, table),
+    );
+    ram.set_u64(
+        frame::LOW_DIRECTORY,
+        index(CODE, 1),
+        entry(frame::CODE_TABLE, table),
+    );
+    ram.set_u64(
+        frame::LOW_DIRECTORY,
+        index(DATA, 1),
+        entry(frame::DATA_TABLE, table),
+    );
+    for page in 0..CODE_BYTES / PAGE {
+        let place = index(CODE, 0) + page;
+        ram.set_u64(
+            frame::CODE_TABLE,
+            place,
+            entry(frame::USER_CODE + page, USER),
+        );
+    }
+    let data = USER | WRITABLE | NO_EXECUTE;
+    for page in 0..DATA_BYTES / PAGE {
+        let place = index(DATA, 0) + page;
+        ram.set_u64(
+            frame::DATA_TABLE,
+            place,
+            entry(frame::USER_DATA + page, data),
+        );
+    }
+    ram.set_u64(
+        frame::DATA_TABLE,
+        index(STACK, 0),
+        entry(frame::USER_STACK, data),
+    );
+    ram.set_u64(frame::ROOT, 256, entry(frame::HIGH_DIRECTORIES, WRITABLE));
+    ram.set_u64(
+        frame::HIGH_DIRECTORIES,
+        0,
+        entry(frame::HIGH_DIRECTORY, WRITABLE),
+    );
+    ram.set_u64(frame::HIGH_DIRECTORY, 0, entry(frame::HIGH_TABLE, WRITABLE));
+    for kernel in frame::GDT..=frame::HANDLERS {
+        ram.set_u64(frame::HIGH_TABLE, kernel, entry(kernel, WRITABLE));
+    }
+}
+
+fn descriptors(ram: &Ram) {
+    let at = |frame: usize| KERNEL + (frame * PAGE) as u64;
+    ram.set_u64(frame::GDT, 2, 0x00af_9b00_0000_ffff);
+    ram.set_u64(frame::GDT, 5, 0x00cf_f300_0000_ffff);
+    ram.set_u64(frame::GDT, 6, 0x00af_fb00_0000_ffff);
+    // RSP0.
+    let stack = at(frame::STACK) + PAGE as u64 - 16;
+    ram.bytes(frame::TASK, 1)[4..12].copy_from_slice(&stack.to_le_bytes());
+    ram.bytes(frame::TASK, 1)[102..104].copy_from_slice(&0x68_u16.to_le_bytes());
+    for vector in 0..32 {
+        let handler = at(frame::HANDLERS) + vector * HANDLER_BYTES;
+        let level: u64 = if matches!(vector, 3 | 4) { 3 } else { 0 };
+        let low = handler & 0xffff
+            | 0x10 << 16
+            | 0xe << 40
+            | level << 45
+            | 1 << 47
+            | (handler >> 16 & 0xffff) << 48;
+        ram.set_u64(frame::IDT, vector as usize * 2, low);
+        ram.set_u64(frame::IDT, vector as usize * 2 + 1, handler >> 32);
+        ram.bytes(frame::HANDLERS, 1)[(vector * HANDLER_BYTES) as usize] = 0xf4;
+    }
+}
+
+/// 64-bit user mode.
+fn user_state(cpu: &mut Cpu) -> CpuState {
+    let mut state = cpu.state();
+    let at = |frame: usize| KERNEL + (frame * PAGE) as u64;
+    state.segments = [Segment {
+        unusable: true,
+        ..Segment::default()
+    }; 6];
+    state.segments[segment::CS] = segment(0x33, 0xa0fb);
+    state.segments[segment::SS] = segment(0x2b, 0xc0f3);
+    state.tr = Segment {
+        base: at(frame::TASK),
+        limit: 0x67,
+        ..segment(0x40, 0x8b)
+    };
+    state.ldtr = Segment {
+        unusable: true,
+        ..Segment::default()
+    };
+    state.gdtr = DescriptorTable {
+        base: at(frame::GDT),
+        limit: 0x7f,
+    };
+    state.idtr = DescriptorTable {
+        base: at(frame::IDT),
+        limit: 0x1ff,
+    };
+    // Paging, alignment checks, write protection, native x87 errors; as Linux sets them.
+    state.cr0 = 0x8005_0033;
+    state.cr3 = (frame::ROOT * PAGE) as u64;
+    // Physical address extension, FXSAVE, SSE exceptions.
+    state.cr4 = 0x620;
+    // SYSCALL, long mode, no-execute.
+    state.msrs.efer = 0xd01;
+    state.xcr0 = 3;
+    state.xsave = vec![0; 576];
+    state.xsave[512] = 3;
+    state
+}
