@@ -49,6 +49,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         ],
     ),
     ("dunlin-guest-agent", &[]),
+    ("dunlin-guest-kvmtest", &["dunlin-guest", "dunlin-x86"]),
     ("dunlin-testbed", &[]),
     ("xtask", &["dunlin-boot", "dunlin-testbed"]),
 ];

@@ -6,6 +6,7 @@
 //! calls a device, and a device never learns which engine runs. Must not depend on devices,
 //! migration or the machine's assembly.
 
+pub mod kvm;
 pub mod soft;
 mod traits;
 

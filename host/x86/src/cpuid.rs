@@ -87,11 +87,10 @@ const V1: &[Feature] = &[
     feature("hypervisor", 1, Ecx, 31),
     feature("syscall", 0x8000_0001, Edx, 11),
     feature("nx", 0x8000_0001, Edx, 20),
-    feature("rdtscp", 0x8000_0001, Edx, 27),
     feature("lm", 0x8000_0001, Edx, 29),
 ];
 
-/// What the psABI's x86-64-v2 adds.
+/// What the psABI's x86-64-v2 adds, and RDTSCP, which all such processors have.
 const V2: &[Feature] = &[
     feature("sse3", 1, Ecx, 0),
     feature("ssse3", 1, Ecx, 9),
@@ -100,6 +99,7 @@ const V2: &[Feature] = &[
     feature("sse4_2", 1, Ecx, 20),
     feature("popcnt", 1, Ecx, 23),
     feature("lahf_lm", 0x8000_0001, Ecx, 0),
+    feature("rdtscp", 0x8000_0001, Edx, 27),
 ];
 
 /// Bits of leaf 1 EDX that AMD processors repeat in leaf 0x80000001 EDX.
