@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use crate::announce::announcement;
 use crate::datagram::{self, BATCH, Outgoing, ReceiveBatch};
-use crate::poll::{Interest, PeriodicTimer, Poller};
+use crate::poll::{Interest, PeriodicTimer, Poller, Ready};
 use crate::socket_option;
 use crate::{Frame, MAX_FRAME, MacAddress, Port, PortError};
 
@@ -82,6 +82,8 @@ pub struct UnixPort {
     spoken: bool,
     announcement: Option<MacAddress>,
     batch: ReceiveBatch,
+    /// Reused between looks.
+    events: Vec<Ready>,
     counters: UnixPortCounters,
 }
 
@@ -128,6 +130,7 @@ impl UnixPort {
             spoken: false,
             announcement: None,
             batch: ReceiveBatch::new(MAX_FRAME),
+            events: Vec::new(),
             counters: UnixPortCounters::default(),
         };
         if let Err(error) = port.connect() {
@@ -203,6 +206,21 @@ impl UnixPort {
         {
             Ok(()) => self.blocked = blocked,
             Err(error) => tracing::warn!(%error, "failed to watch a port's socket"),
+        }
+    }
+
+    /// Ends the watch for writing when it has fired: the caller is awake and tries again.
+    fn end_wake_up(&mut self) {
+        if !self.blocked {
+            return;
+        }
+        let looked = self.poller.wait(&mut self.events, Some(Duration::ZERO));
+        let has_fired = self
+            .events
+            .iter()
+            .any(|event| event.token == SOCKET && event.writable);
+        if has_fired || looked.is_err() {
+            self.watch_writing(false);
         }
     }
 
@@ -315,12 +333,14 @@ impl Port for UnixPort {
                 Err(error) => return Err(self.error("send to", error)),
             }
         }
+        if !frames.is_empty() && self.announcement.is_none() {
+            self.watch_writing(false);
+        }
         Ok(taken)
     }
 
     fn receive(&mut self, into: &mut Vec<Frame>, limit: usize) -> Result<usize, PortError> {
-        // The caller has woken up: it tries again what it could not send.
-        self.watch_writing(false);
+        self.end_wake_up();
         self.upkeep();
         if self.announcement.is_some()
             && let Err(error) = self.send_announcement()

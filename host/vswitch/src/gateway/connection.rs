@@ -133,6 +133,11 @@ impl Connection {
     pub(super) fn reset(&mut self, socket: &mut Socket<'_>) {
         socket.abort();
         self.is_reset = true;
+        self.reset_host();
+    }
+
+    /// Ends the host's side at once.
+    pub(super) fn reset_host(&mut self) {
         if let Some(host) = self.host.take() {
             // Without it the host's peer sees an orderly end: worse, but an end.
             let _unsupported = reset_on_close(host.as_fd());

@@ -21,6 +21,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -87,6 +88,8 @@ pub(crate) struct Gateway {
     next: u32,
     registrar: Registrar,
     accepted: u64,
+    /// Stacks given up because they panicked.
+    broken: u64,
 }
 
 fn check(config: &GatewayConfig, identity: Identity) -> Result<(), String> {
@@ -147,6 +150,7 @@ impl Gateway {
             next: 0,
             registrar,
             accepted: 0,
+            broken: 0,
         };
         for forward in forwards {
             gateway.add_forward(*forward)?;
@@ -236,6 +240,7 @@ impl Gateway {
             "address": self.identity.address,
             "connections": self.connections(),
             "accepted": self.accepted,
+            "broken_stacks": self.broken,
             "leases": self.dhcp.as_ref().map(DhcpServer::leases),
         })
     }
@@ -264,13 +269,30 @@ impl Gateway {
     pub(crate) fn ready(&mut self, number: u32, ready: Ready, now: Duration) {
         if self.listeners.contains_key(&number) {
             self.accept(number, now);
-        } else if let Some(stack) = self
-            .guests
-            .get(&number)
-            .and_then(|guest| self.stacks.get_mut(guest))
-        {
-            stack.host_ready(number, ready, &self.registrar);
+        } else if let Some(guest) = self.guests.get(&number).copied() {
+            self.guarded(guest, |stack, registrar| {
+                stack.host_ready(number, ready, registrar)
+            });
         }
+    }
+
+    /// Lets a guest's stack work. The TCP/IP library panics on some segments that no honest guest
+    /// sends; such a guest loses its own connections, and nobody else notices.
+    fn guarded<R>(
+        &mut self,
+        guest: Ipv4Addr,
+        work: impl FnOnce(&mut GuestStack, &Registrar) -> R,
+    ) -> Option<R> {
+        let (stack, registrar) = (self.stacks.get_mut(&guest)?, &self.registrar);
+        if let Ok(result) = catch_unwind(AssertUnwindSafe(|| work(stack, registrar))) {
+            return Some(result);
+        }
+        tracing::error!(%guest, "the stack of a guest failed: its connections are reset");
+        self.broken += 1;
+        stack.abandon();
+        *stack = GuestStack::new(self.identity, guest);
+        self.guests.retain(|_, owner| *owner != guest);
+        None
     }
 
     fn accept(&mut self, number: u32, now: Duration) {
@@ -285,10 +307,10 @@ impl Gateway {
             match listener.socket.accept() {
                 Ok((stream, _)) => {
                     let connection = self.number();
-                    let Some(stack) = self.stacks.get_mut(forward.to.ip()) else {
-                        return;
-                    };
-                    match stack.connect((connection, stream), &forward, &self.registrar, now) {
+                    let connected = self.guarded(*forward.to.ip(), |stack, registrar| {
+                        stack.connect((connection, stream), &forward, registrar, now)
+                    });
+                    match connected.unwrap_or(Ok(())) {
                         Ok(()) => {
                             self.guests.insert(connection, *forward.to.ip());
                             self.accepted += 1;
@@ -346,9 +368,9 @@ impl Gateway {
                     out.extend(dhcp.answer(now, station, &payload));
                 }
             }
-            Some(Packet::Tcp(sender)) => {
+            Some(Packet::Tcp(sender, segment)) => {
                 if let Some(stack) = self.stacks.get_mut(&sender) {
-                    stack.enqueue(frame, now);
+                    stack.enqueue(frame, segment, now);
                 }
             }
             None => {}
@@ -361,15 +383,19 @@ impl Gateway {
             self.take_in(frame, now, out);
         }
         let moved = std::mem::take(&mut self.moved);
-        for stack in self.stacks.values_mut() {
-            let mut closed = stack.poll(now, &self.registrar, out);
-            if stack
-                .station()
-                .is_some_and(|station| moved.contains(&station))
-            {
-                closed.extend(stack.retransmit_now(now, &self.registrar, out));
-            }
-            for number in closed {
+        let guests: Vec<Ipv4Addr> = self.stacks.keys().copied().collect();
+        for guest in guests {
+            let closed = self.guarded(guest, |stack, registrar| {
+                let mut closed = stack.poll(now, registrar, out);
+                if stack
+                    .station()
+                    .is_some_and(|station| moved.contains(&station))
+                {
+                    closed.extend(stack.retransmit_now(now, registrar, out));
+                }
+                closed
+            });
+            for number in closed.unwrap_or_default() {
                 self.guests.remove(&number);
             }
         }

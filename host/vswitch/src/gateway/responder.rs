@@ -7,7 +7,7 @@ use std::ops::Range;
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{
     ArpOperation, ArpPacket, ArpRepr, EthernetAddress, EthernetFrame, EthernetProtocol,
-    EthernetRepr, Icmpv4Message, Icmpv4Packet, IpProtocol, Ipv4Packet, UdpPacket,
+    EthernetRepr, Icmpv4Message, Icmpv4Packet, IpProtocol, Ipv4Packet, TcpPacket, UdpPacket,
 };
 
 use super::Identity;
@@ -32,7 +32,16 @@ pub(super) enum Packet {
     /// The UDP payload of a message to the DHCP server.
     Dhcp(Vec<u8>),
     /// From this guest.
-    Tcp(Ipv4Addr),
+    Tcp(Ipv4Addr, Segment),
+}
+
+/// What the gateway itself needs to know of a TCP segment.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Segment {
+    /// The port on the gateway.
+    pub(super) gateway_port: u16,
+    /// It opens a connection rather than answer one that the gateway opens.
+    pub(super) is_bare_syn: bool,
 }
 
 /// The sender's address of a frame that has been parsed before.
@@ -103,7 +112,17 @@ impl Packet {
                 let intact = udp.verify_checksum(&sender.into(), &ip.dst_addr().into());
                 (is_dhcp && to_us && intact).then(|| Packet::Dhcp(udp.payload().to_vec()))
             }
-            IpProtocol::Tcp if is_for_us => Some(Packet::Tcp(sender)),
+            IpProtocol::Tcp if is_for_us => {
+                let tcp = TcpPacket::new_checked(ip.payload()).ok()?;
+                let is_bare_syn = tcp.syn() && !tcp.ack();
+                Some(Packet::Tcp(
+                    sender,
+                    Segment {
+                        gateway_port: tcp.dst_port(),
+                        is_bare_syn,
+                    },
+                ))
+            }
             _ => None,
         }
     }

@@ -21,7 +21,7 @@ use smoltcp::wire::{EthernetAddress, HardwareAddress, IpAddress, IpCidr};
 
 use super::Identity;
 use super::connection::{Call, Connection, Outcome};
-use super::responder::arp_frame;
+use super::responder::{Segment, arp_frame};
 use crate::poll::{Ready, Registrar};
 use crate::{ForwardConfig, MacAddress};
 
@@ -178,7 +178,13 @@ impl GuestStack {
     }
 
     /// A frame with a TCP segment from the guest.
-    pub(super) fn enqueue(&mut self, frame: Vec<u8>, now: Duration) {
+    pub(super) fn enqueue(&mut self, frame: Vec<u8>, segment: Segment, now: Duration) {
+        // A SYN of its own for a connection that we open: guests do not do that, and smoltcp
+        // 0.14.0 panics when it comes before our SYN has left.
+        let is_ours = |connection: &Connection| connection.gateway_port() == segment.gateway_port;
+        if segment.is_bare_syn && self.connections.values().any(is_ours) {
+            return;
+        }
         for connection in self.connections.values_mut() {
             connection.guest_heard(now);
         }
@@ -234,6 +240,13 @@ impl GuestStack {
             }
         }
         Ok(())
+    }
+
+    /// Resets the host's side of all connections, without touching the stack.
+    pub(super) fn abandon(&mut self) {
+        for connection in self.connections.values_mut() {
+            connection.reset_host();
+        }
     }
 
     /// Resets the connections that came in at `listen`.
