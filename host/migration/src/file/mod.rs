@@ -70,6 +70,9 @@ pub struct FileSummary {
     pub file_bytes: u64,
     /// The components whose states it holds.
     pub components: Vec<ComponentSummary>,
+    /// What [`SourceMachine::configuration`] said; opaque here, for those who can read it.
+    #[serde(skip)]
+    pub configuration: Vec<u8>,
 }
 
 /// One component of a saved guest.
@@ -207,7 +210,10 @@ fn write_guest(
 pub fn inspect(path: &Path) -> Result<FileSummary, MigrationError> {
     let (mut wire, file_bytes) = open(path)?;
     let header = read_header(&mut wire, path)?;
+    let configuration =
+        read_configuration(&mut wire, header.ram_bytes).map_err(|error| cut_short(error, path))?;
     Ok(FileSummary {
+        configuration: configuration.machine,
         version: crate::protocol::VERSION,
         created: header.created,
         ram_bytes: header.ram_bytes,
@@ -244,10 +250,7 @@ fn read_guest<M: DestinationMachine>(
     build: impl FnOnce(&[u8]) -> Result<M, MachineError>,
 ) -> Result<M, MigrationError> {
     let header = read_header(wire, path)?;
-    let configuration = match wire.receive(FOREVER)? {
-        Message::Configuration(body) if body.ram_bytes == header.ram_bytes => body,
-        other => return Err(unexpected(&other, "the configuration was due")),
-    };
+    let configuration = read_configuration(wire, header.ram_bytes)?;
     let mut machine = build(&configuration.machine)?;
     check_ram(machine.memory(), &configuration)?;
     let mut store = Store::new(machine.memory().clone(), true);
@@ -268,6 +271,13 @@ fn read_guest<M: DestinationMachine>(
     }
     machine.restore(states)?;
     Ok(machine)
+}
+
+fn read_configuration(wire: &mut Wire, ram_bytes: u64) -> Result<Configuration, MigrationError> {
+    match wire.receive(FOREVER)? {
+        Message::Configuration(body) if body.ram_bytes == ram_bytes => Ok(body),
+        other => Err(unexpected(&other, "the configuration was due")),
+    }
 }
 
 fn read_pages(wire: &mut Wire, store: &mut Store) -> Result<(), MigrationError> {

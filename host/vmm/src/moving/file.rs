@@ -2,30 +2,92 @@
 
 use std::path::Path;
 
-use dunlin_api::snapshot::SnapshotReport;
+use dunlin_api::snapshot::{SnapshotComponent, SnapshotReport};
 use dunlin_api::{ApiError, ErrorCode};
+use dunlin_guest::{Memory, SavedState};
+use dunlin_migration::{MachineError, MigrationError, SourceMachine, file};
 
-use super::{ArrivingMachine, Build};
+use super::{ArrivingMachine, Build, decode_config, encode_config, machine_error};
 use crate::machine::Machine;
 
-fn not_yet(path: &Path) -> ApiError {
-    ApiError::new(
-        ErrorCode::Host,
-        format!("cannot use \"{}\": no file format yet", path.display()),
-    )
+/// A paused machine, as migration reads it into a file. It neither stops nor goes on meanwhile.
+struct PausedMachine<'a>(&'a Machine);
+
+impl SourceMachine for PausedMachine<'_> {
+    fn memory(&self) -> &Memory {
+        self.0.memory()
+    }
+
+    fn configuration(&self) -> Vec<u8> {
+        encode_config(self.0.config())
+    }
+
+    fn start_dirty_tracking(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn collect_dirty(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn stop_dirty_tracking(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<Vec<SavedState>, MachineError> {
+        let states = self.0.save();
+        states.map_err(|error| machine_error("save its state", error))
+    }
+}
+
+fn refused(error: &MigrationError) -> ApiError {
+    ApiError::from_chain(ErrorCode::Host, error)
 }
 
 /// Saves a paused machine.
-pub(crate) fn save_to_file(_machine: &Machine, path: &Path) -> Result<(), ApiError> {
-    Err(not_yet(path))
+pub(crate) fn save_to_file(machine: &Machine, path: &Path) -> Result<(), ApiError> {
+    if path.symlink_metadata().is_ok() {
+        return Err(ApiError::new(
+            ErrorCode::InvalidRequest,
+            format!("\"{}\" exists already", path.display()),
+        )
+        .with_hint("choose another file: a saved guest is not overwritten"));
+    }
+    file::save(&mut PausedMachine(machine), path)
+        .map(drop)
+        .map_err(|error| refused(&error))
 }
 
 /// Builds a machine from a file; it is paused.
-pub(crate) fn restore_from_file(_build: &Build, path: &Path) -> Result<ArrivingMachine, ApiError> {
-    Err(not_yet(path))
+pub(crate) fn restore_from_file(build: &Build, path: &Path) -> Result<ArrivingMachine, ApiError> {
+    let built = file::restore(path, |configuration| build.build_for_peer(configuration));
+    built.map_err(|error| refused(&error))
 }
 
 /// Looks into a file.
+///
+/// # Errors
+/// [`ApiError`] when it is not a whole saved guest, or of a newer version.
 pub fn describe_snapshot(path: &Path) -> Result<SnapshotReport, ApiError> {
-    Err(not_yet(path))
+    let summary = file::inspect(path).map_err(|error| refused(&error))?;
+    Ok(SnapshotReport {
+        config: decode_config(&summary.configuration)?,
+        file_bytes: summary.file_bytes,
+        components: (summary.components.into_iter())
+            .map(|component| SnapshotComponent {
+                name: component.name,
+                kind: component.kind,
+                version: component.version,
+                bytes: component.bytes,
+            })
+            .collect(),
+    })
 }

@@ -326,3 +326,6 @@ impl Drop for Alive {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
