@@ -73,7 +73,9 @@ fn load(ram: &Ram, file: &[u8]) -> Result<(u64, usize), Box<dyn Error>> {
         let kind = u32::from_le_bytes(field(file, at)?);
         let (offset, physical) = (number(file, at + 8)?, number(file, at + 24)?);
         let (file_size, memory_size) = (number(file, at + 32)?, number(file, at + 40)?);
-        let bytes = file.get(offset..offset + file_size).ok_or("truncated segment")?;
+        let bytes = file
+            .get(offset..offset + file_size)
+            .ok_or("truncated segment")?;
         if kind == 1 {
             ram.write(physical, bytes);
             end = end.max(physical + memory_size);
@@ -119,9 +121,19 @@ fn start_info(ram: &Ram, initramfs: Option<(usize, usize)>) -> u64 {
 
 fn enter(cpu: &mut Cpu, entry: u64, info: u64) -> Result<(), Box<dyn Error>> {
     let mut state = cpu.state();
-    let data = Segment { selector: 0x10, base: 0, limit: u32::MAX, access: 0xc093, unusable: false };
+    let data = Segment {
+        selector: 0x10,
+        base: 0,
+        limit: u32::MAX,
+        access: 0xc093,
+        unusable: false,
+    };
     state.segments = [data; 6];
-    state.segments[segment::CS] = Segment { selector: 8, access: 0xc09b, ..data };
+    state.segments[segment::CS] = Segment {
+        selector: 8,
+        access: 0xc09b,
+        ..data
+    };
     state.cr0 = 0x11;
     state.gpr = [0; 16];
     state.gpr[3] = info;
@@ -132,7 +144,11 @@ fn enter(cpu: &mut Cpu, entry: u64, info: u64) -> Result<(), Box<dyn Error>> {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args().skip(1);
-    let kernel = std::fs::read(arguments.next().ok_or("usage: boot_pvh VMLINUX [INITRAMFS]")?)?;
+    let kernel = std::fs::read(
+        arguments
+            .next()
+            .ok_or("usage: boot_pvh VMLINUX [INITRAMFS]")?,
+    )?;
     let initramfs = arguments.next().filter(|path| !path.is_empty());
     let seconds = arguments.next().map_or(Ok(60), |text| text.parse())?;
     let ram = Arc::new(Ram {
@@ -195,6 +211,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let took = start.elapsed().as_secs_f64();
     let count = cpu.instructions();
     eprintln!("{cpu:?}");
-    eprintln!("{count} instructions, {took:.3} s, {:.1} MIPS", count as f64 / took / 1e6);
+    eprintln!(
+        "{count} instructions, {took:.3} s, {:.1} MIPS",
+        count as f64 / took / 1e6
+    );
     Ok(())
 }

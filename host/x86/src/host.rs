@@ -5,7 +5,10 @@
 //! atomic with acquire or release order where the address is aligned.
 
 /// An integer that a guest's memory access moves at once.
-#[expect(unsafe_code, reason = "guest memory is shared with threads outside of Rust")]
+#[expect(
+    unsafe_code,
+    reason = "guest memory is shared with threads outside of Rust"
+)]
 pub(crate) trait HostValue: Copy + Eq + 'static {
     /// Loads from `at`.
     ///
@@ -160,10 +163,10 @@ pub(crate) unsafe fn compare_exchange_16(
         // compiler, so it is exchanged around the instruction.
         unsafe {
             std::arch::asm!(
-                "xchg {new_low}, rbx",
-                "lock cmpxchg16b xmmword ptr [{at}]",
-                "mov rbx, {new_low}",
-                new_low = inout(reg) new.0 => _, at = in(reg) at, in("rcx") new.1,
+                "xchg rsi, rbx",
+                "lock cmpxchg16b xmmword ptr [rdi]",
+                "mov rbx, rsi",
+                inout("rsi") new.0 => _, in("rdi") at, in("rcx") new.1,
                 inlateout("rax") old.0 => low, inlateout("rdx") old.1 => high,
                 options(nostack)
             );

@@ -106,7 +106,7 @@ impl Cpu {
 
     /// Executing 64-bit code?
     #[inline(always)]
-    pub(crate) fn is_64bit(&self) -> bool {
+    pub(crate) fn is_64_bit(&self) -> bool {
         self.mode == Mode::Bits64
     }
 
@@ -114,7 +114,7 @@ impl Cpu {
     #[inline(always)]
     pub(crate) fn linear_rip(&self) -> u64 {
         let linear = self.rip.wrapping_add(self.slot(slot::CS));
-        if self.is_64bit() {
+        if self.is_64_bit() {
             linear
         } else {
             linear & 0xffff_ffff
@@ -146,7 +146,7 @@ impl Cpu {
 
     /// Works out the bases that operations add.
     pub(crate) fn refresh_segment_bases(&mut self) {
-        let long = self.is_64bit();
+        let long = self.is_64_bit();
         for (index, segment) in self.segments.iter().enumerate() {
             let flat = long && index < segment::FS;
             self.regs[usize::from(slot::SEGMENT) + index] = if flat { 0 } else { segment.base };

@@ -81,7 +81,9 @@ impl Cpu {
                 return Ok(unsafe { &*known });
             }
             let next = self.find_block()?;
-            block.links[link].set(next);
+            if !next.spanning {
+                block.links[link].set(next);
+            }
             return Ok(next);
         }
         if let Some(next) = self.blocks.jump(self.linear_rip()) {
@@ -120,7 +122,7 @@ impl Cpu {
         }
         self.instructions += done;
         let rip = self.slot(slot::RIP).wrapping_add(at.offset.into());
-        self.rip = if self.is_64bit() {
+        self.rip = if self.is_64_bit() {
             rip
         } else {
             rip & 0xffff_ffff

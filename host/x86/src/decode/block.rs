@@ -19,6 +19,8 @@ pub(crate) struct Block {
     pub(crate) cold: Box<[Box<Cold>]>,
     pub(crate) instructions: u32,
     pub(crate) bytes: u16,
+    /// Its only instruction lies in two pages: it is looked up and compared each time.
+    pub(crate) spanning: bool,
     /// Blocks of the same page that this one leads to: by its branch, and behind its end. They
     /// are dropped together with it.
     pub(crate) links: [Cell<*const Block>; 2],

@@ -243,7 +243,7 @@ impl Cpu {
         let ram = unsafe { (*first.code).ram };
         copy_from(ram, (linear & PAGE_OFFSET) as usize, &mut bytes[..split]);
         let after = (linear & !PAGE_OFFSET).wrapping_add(PAGE_OFFSET + 1);
-        let after = if self.is_64bit() {
+        let after = if self.is_64_bit() {
             after
         } else {
             after & 0xffff_ffff
@@ -259,12 +259,13 @@ impl Cpu {
             .get(&key)
             .is_some_and(|s| s.bytes[..s.len] == bytes[..s.len]);
         if !known {
-            let block = lower::single(
+            let mut block = lower::single(
                 &bytes,
                 (linear & PAGE_OFFSET) as u16,
                 self.mode,
                 self.config.baseline,
             );
+            block.spanning = true;
             let spanning = Spanning {
                 bytes,
                 len: block.bytes.into(),
@@ -295,7 +296,7 @@ impl Cpu {
         let mut have = split;
         if split < MAX_BYTES && !lower::is_complete(&bytes[..split], self.mode) {
             let after = (linear & !PAGE_OFFSET).wrapping_add(PAGE_OFFSET + 1);
-            let after = if self.is_64bit() {
+            let after = if self.is_64_bit() {
                 after
             } else {
                 after & 0xffff_ffff
@@ -390,7 +391,7 @@ impl Cpu {
         }
         if !self.alone {
             let running = self.slot(slot::RIP).wrapping_add(self.slot(slot::CS));
-            let running = if self.is_64bit() {
+            let running = if self.is_64_bit() {
                 running
             } else {
                 running & 0xffff_ffff

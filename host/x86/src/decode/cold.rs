@@ -26,7 +26,7 @@ fn call(cpu: &mut Cpu, at: At) -> Result {
     #[expect(unsafe_code, reason = "an operation has no room for the instruction")]
     let cold = unsafe { &*pointer };
     let next = at.next_rip(cpu);
-    cpu.rip = if cpu.is_64bit() {
+    cpu.rip = if cpu.is_64_bit() {
         next
     } else {
         next & 0xffff_ffff

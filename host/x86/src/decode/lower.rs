@@ -130,6 +130,7 @@ impl Lowering {
             instructions: self.instructions,
             bytes: bytes as u16,
             links: no_links(),
+            spanning: false,
         }
     }
 
@@ -142,6 +143,13 @@ impl Lowering {
         }
         if let Some((body, ends)) = cold::body(instruction) {
             return self.cold(instruction, body, ends);
+        }
+        if let Some(lowered) = crate::float::lower(instruction) {
+            let mut op = self.op(instruction, lowered.handler);
+            op.dst = lowered.dst;
+            op.src = lowered.src;
+            op.imm = lowered.imm;
+            return self.push(instruction, op);
         }
         self.undefined(instruction)
     }

@@ -276,7 +276,7 @@ fn syscall(cpu: &mut Cpu) -> Result {
     let selector = (star >> 32) as u16 & !3;
     if cpu.is_long() {
         let rflags = cpu.rflags() & !RF;
-        let target = if cpu.is_64bit() {
+        let target = if cpu.is_64_bit() {
             cpu.msrs.lstar
         } else {
             cpu.msrs.cstar

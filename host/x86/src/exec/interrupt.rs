@@ -393,7 +393,7 @@ pub(crate) fn iret(cpu: &mut Cpu, _op: &Op, instruction: &Instruction) -> Result
     }
     let mut stack = None;
     let mut rsp = after;
-    if outer || cpu.is_64bit() {
+    if outer || cpu.is_64_bit() {
         let (pointer, _) = cpu.peek(3 * size, size)?;
         let (selector, _) = cpu.peek(4 * size, size)?;
         let selector = selector as u16;

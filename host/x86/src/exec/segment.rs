@@ -117,7 +117,7 @@ impl Cpu {
         let stack = index == segment::SS;
         let rpl = (selector & 3) as u8;
         if selector & !3 == 0 {
-            let allowed = !stack || self.is_64bit() && self.cpl < 3 && rpl == self.cpl;
+            let allowed = !stack || self.is_64_bit() && self.cpl < 3 && rpl == self.cpl;
             if !allowed {
                 return Err(self.general_protection(0));
             }

@@ -13,7 +13,7 @@ use crate::state::segment;
 impl Cpu {
     /// Cuts a stack pointer to the stack's size.
     pub(crate) fn stack_mask(&self) -> u64 {
-        if self.is_64bit() {
+        if self.is_64_bit() {
             u64::MAX
         } else if self.segments[segment::SS].access & access::BIG != 0 {
             0xffff_ffff
@@ -33,7 +33,7 @@ impl Cpu {
 
     /// The linear address of `size` bytes at stack offset `at`.
     fn stack_address(&mut self, at: u64, size: u64, write: bool) -> Result<u64> {
-        if self.is_64bit() {
+        if self.is_64_bit() {
             return Ok(at);
         }
         self.check_segment(segment::SS, at, size, write)?;
@@ -89,7 +89,7 @@ impl Cpu {
 
     /// #GP(0) for a near target that cannot be.
     fn check_target(&mut self, target: u64) -> Result {
-        if self.is_64bit() {
+        if self.is_64_bit() {
             if !is_canonical(target) {
                 return Err(self.general_protection(0));
             }
@@ -344,7 +344,7 @@ pub(crate) fn xlat(cpu: &mut Cpu, _op: &Op, instruction: &Instruction) -> Result
         & mask;
     let base = cpu.slot(slot::SEGMENT + index as u8);
     let mut at = offset.wrapping_add(base);
-    if !cpu.is_64bit() {
+    if !cpu.is_64_bit() {
         cpu.check_segment(index, offset, 1, false)?;
         at &= 0xffff_ffff;
     }

@@ -73,7 +73,7 @@ impl Context {
     ) -> Result<u64> {
         let offset = cpu.slot(register) & self.mask;
         let base = cpu.slot(slot::SEGMENT + index as u8);
-        if cpu.is_64bit() {
+        if cpu.is_64_bit() {
             return Ok(offset.wrapping_add(base));
         }
         cpu.check_segment(index, offset, access.0, access.1)?;
@@ -135,7 +135,7 @@ fn run<T: Value>(cpu: &mut Cpu, instruction: &Instruction) -> Result {
         if rounds == 0 {
             // More to do: the same instruction once more.
             let again = next.wrapping_sub(instruction.len() as u64);
-            cpu.rip = if cpu.is_64bit() {
+            cpu.rip = if cpu.is_64_bit() {
                 again
             } else {
                 again & 0xffff_ffff
@@ -234,7 +234,7 @@ fn movs<T: Value>(cpu: &mut Cpu, context: Context, left: u64) -> Result<u64> {
         .min(context.room::<T>(cpu, slot::RDI, to));
     if !context.backward && count > 1 {
         let bytes = count * T::BYTES;
-        let in_segment = cpu.is_64bit()
+        let in_segment = cpu.is_64_bit()
             || context
                 .address(cpu, context.source, slot::RSI, (bytes, false))
                 .is_ok()
@@ -272,7 +272,7 @@ fn stos<T: Value>(cpu: &mut Cpu, context: Context, left: u64) -> Result<u64> {
     let count = left.min(context.room::<T>(cpu, slot::RDI, to));
     if !context.backward && count > 1 {
         let bytes = count * T::BYTES;
-        let in_segment = cpu.is_64bit()
+        let in_segment = cpu.is_64_bit()
             || context
                 .address(cpu, segment::ES, slot::RDI, (bytes, true))
                 .is_ok();

@@ -51,7 +51,7 @@ impl Cpu {
                 return Err(self.general_protection(0));
             }
         } else if switched {
-            if self.is_64bit() {
+            if self.is_64_bit() {
                 return Err(self.general_protection(0));
             }
             self.msrs.efer &= !EFER_LMA;
@@ -116,7 +116,7 @@ impl Cpu {
 pub(crate) fn mov_control(cpu: &mut Cpu, op: &Op, instruction: &Instruction) -> Result {
     cpu.check_supervisor()?;
     let (to, from) = (instruction.op0_register(), instruction.op1_register());
-    let wide = cpu.is_64bit();
+    let wide = cpu.is_64_bit();
     if to.is_cr() {
         let value = if wide {
             cpu.slot(op.src)
@@ -217,7 +217,7 @@ pub(crate) fn load_table(cpu: &mut Cpu, op: &Op, instruction: &Instruction) -> R
     cpu.check_supervisor()?;
     let at = cpu.ea(op);
     let limit = cpu.load::<u16>(at, op.seg)?;
-    let base = if cpu.is_64bit() {
+    let base = if cpu.is_64_bit() {
         cpu.load::<u64>(at.wrapping_add(2), op.seg)?
     } else {
         let base = u64::from(cpu.load::<u32>(at.wrapping_add(2), op.seg)?);
@@ -246,7 +246,7 @@ pub(crate) fn store_table(cpu: &mut Cpu, op: &Op, instruction: &Instruction) -> 
     let mut bytes = [0; 10];
     bytes[..2].copy_from_slice(&table.limit.to_le_bytes());
     bytes[2..].copy_from_slice(&table.base.to_le_bytes());
-    let used = if cpu.is_64bit() { 10 } else { 6 };
+    let used = if cpu.is_64_bit() { 10 } else { 6 };
     cpu.write_bytes(cpu.ea(op), op.seg, &bytes[..used])
 }
 
@@ -456,7 +456,7 @@ pub(crate) fn performance_counter(cpu: &mut Cpu, _op: &Op, _instruction: &Instru
 
 /// SWAPGS.
 pub(crate) fn swap_gs(cpu: &mut Cpu, _op: &Op, _instruction: &Instruction) -> Result {
-    if !cpu.is_64bit() {
+    if !cpu.is_64_bit() {
         return Err(cpu.undefined());
     }
     cpu.check_supervisor()?;

@@ -7,7 +7,6 @@ mod arithmetic;
 mod host;
 mod integer;
 mod lanes;
-#[cfg(any())]
 mod lower;
 mod shuffle;
 mod state;
@@ -16,7 +15,6 @@ mod string;
 mod vector;
 mod x87;
 
-#[cfg(any())]
 pub(crate) use lower::{Lowered, lower};
 pub use state::{
     FXSAVE_BYTES, FloatState, FloatStateError, MXCSR_MASK, XCR0_SUPPORTED, XSAVE_BYTES, XSAVE_SSE,
