@@ -175,6 +175,7 @@ impl BusDevice for KeyboardController {
 mod tests {
     use super::*;
     use crate::recorder::{Line, Power};
+    use proptest::prelude::*;
 
     fn machine() -> (Bus, Arc<Power>, Arc<Line>, Arc<PowerDevice>) {
         let (ports, power, line) = (Bus::new(), Arc::<Power>::default(), Arc::<Line>::default());
@@ -227,6 +228,25 @@ mod tests {
             let state = PowerState { sleep_control };
             let state = SavedState::encode("power", KIND, VERSION, &state);
             assert!(target.restore(&state).is_err(), "{sleep_control:#x}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_access_panics_and_every_state_can_be_restored(
+            accesses in proptest::collection::vec((any::<bool>(), 0u64..4, any::<u32>(), 0usize..3), 0..50),
+        ) {
+            let (ports, _, _, device) = machine();
+            for (write, offset, value, length) in accesses {
+                let data = &mut value.to_le_bytes()[..1 << length];
+                let address = if offset == 3 { 0x64 } else { 0x600 + offset };
+                if write {
+                    ports.write(address, data);
+                } else {
+                    ports.read(address, data);
+                }
+            }
+            prop_assert!(device.restore(&device.save()).is_ok());
         }
     }
 }

@@ -352,6 +352,8 @@ impl BusDevice for ConfigPorts {
         if let (0, 4) = (offset, data.len()) {
             let address = self.root.config_address.load(Ordering::Relaxed);
             data.copy_from_slice(&address.to_le_bytes());
+        } else if let (RESET_CONTROL, 1) = (offset, data.len()) {
+            data.fill(0);
         } else if let Some((bus, device_function, register)) = self.target(offset) {
             self.root.config_read(bus, device_function, register, data);
         } else {

@@ -211,6 +211,27 @@ fn the_reset_control_port_resets() {
     assert_eq!(machine.power.resets(), 0);
     machine.ports.write(0xcf9, &[0x06]);
     assert_eq!(machine.power.resets(), 1);
+    let mut data = [0xff];
+    assert!(machine.ports.read(0xcf9, &mut data));
+    assert_eq!(data, [0]);
+}
+
+#[test]
+fn a_device_with_more_functions_says_so_in_the_first() {
+    let machine = Machine::new(BarKind::Memory64);
+    assert_eq!(machine.config32(0x0c) >> 16 & 0xff, 0);
+    let other = Device::new(BarKind::Memory64, machine.messages.clone());
+    let address = Address {
+        device: 1,
+        function: 3,
+    };
+    assert_eq!(address.to_string(), "00:01.3");
+    machine.root.add(address, other).unwrap();
+    assert_eq!(machine.config32(0x0c) >> 16 & 0xff, 0x80);
+    let mut data = [0; 4];
+    let third = Machine::config_address(0) + (3 << 12);
+    machine.mmio.read(third, &mut data);
+    assert_eq!(u32::from_le_bytes(data), 0x1041_1af4);
 }
 
 #[test]
