@@ -1,12 +1,13 @@
 //! Engines that run a guest's processors.
 //!
 //! [`Vm`] and [`Vcpu`] are what the machine's loop sees; [`soft`] runs the software CPU of
-//! `dunlin-x86`, `kvm` runs the host's processor, `probe` tells what this host offers and
+//! `dunlin-x86`, [`kvm`] runs the host's processor, [`probe`] tells what this host offers and
 //! chooses. The engine runs the CPU and reports each access that is not RAM as an [`Exit`]; it never
 //! calls a device, and a device never learns which engine runs. Must not depend on devices,
 //! migration or the machine's assembly.
 
 pub mod kvm;
+pub mod probe;
 pub mod soft;
 mod traits;
 

@@ -38,8 +38,11 @@ pub(crate) fn missing_features(
 }
 
 /// Fails with the names of the features that the host lacks.
-pub(super) fn check(kvm: &Kvm, baseline: &Baseline) -> Result<(), EngineError> {
-    let missing = missing_features(kvm, baseline)?;
+pub(crate) fn check(kvm: &Kvm, baseline: &Baseline) -> Result<(), EngineError> {
+    refuse(&missing_features(kvm, baseline)?, baseline)
+}
+
+fn refuse(missing: &[&str], baseline: &Baseline) -> Result<(), EngineError> {
     if missing.is_empty() {
         return Ok(());
     }
@@ -78,4 +81,17 @@ pub(super) fn table(baseline: &Baseline, context: CpuidContext) -> Result<CpuId,
     CpuId::from_entries(&entries).map_err(|error| {
         host_error("make a CPUID table")(std::io::Error::other(format!("{error:?}")))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dunlin_x86::cpuid::X86_64_V2;
+
+    #[test]
+    fn what_is_missing_is_named() {
+        let error = refuse(&["sse3", "popcnt"], &X86_64_V2).unwrap_err();
+        assert!(error.to_string().contains("sse3, popcnt"));
+        refuse(&[], &X86_64_V2).unwrap();
+    }
 }

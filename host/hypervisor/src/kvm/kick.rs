@@ -12,7 +12,7 @@ use crate::{EngineError, VcpuHandle};
 
 /// Reaches one vCPU's run page and thread.
 #[derive(Debug)]
-pub(super) struct Kick {
+pub(crate) struct Kick {
     requested: AtomicBool,
     target: Mutex<Target>,
 }
@@ -49,7 +49,7 @@ impl ImmediateExit {
 
 impl Kick {
     /// `immediate_exit` must stay valid until [`Kick::forget`].
-    pub(super) fn new(immediate_exit: *mut u8) -> Self {
+    pub(crate) fn new(immediate_exit: *mut u8) -> Self {
         Self {
             requested: AtomicBool::new(false),
             target: Mutex::new(Target {
@@ -64,7 +64,7 @@ impl Kick {
     }
 
     /// The calling thread is the one that runs the vCPU from now on.
-    pub(super) fn enter(&self) {
+    pub(crate) fn enter(&self) {
         // SAFETY: gettid has no preconditions.
         #[expect(unsafe_code, reason = "a call without preconditions")]
         let thread = unsafe { libc::gettid() };
@@ -72,7 +72,7 @@ impl Kick {
     }
 
     /// Was a kick asked for? Clears it.
-    pub(super) fn take(&self) -> bool {
+    pub(crate) fn take(&self) -> bool {
         let target = self.lock();
         if let Some(immediate_exit) = target.immediate_exit {
             immediate_exit.set(false);
@@ -97,7 +97,7 @@ impl Kick {
     }
 
     /// The run page is about to go.
-    pub(super) fn forget(&self) {
+    pub(crate) fn forget(&self) {
         let mut target = self.lock();
         target.immediate_exit = None;
         target.thread = None;
@@ -131,7 +131,7 @@ fn signal() -> libc::c_int {
 extern "C" fn nothing(_: libc::c_int) {}
 
 /// Installs the handler that does nothing, once a process.
-pub(super) fn install_handler() -> Result<(), EngineError> {
+pub(crate) fn install_handler() -> Result<(), EngineError> {
     static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
     let installed = INSTALLED.get_or_init(|| {
         // SAFETY: the structure is zeroed, which is valid, and its handler only returns; without

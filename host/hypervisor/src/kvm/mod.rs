@@ -4,7 +4,7 @@
 //! reaches the kernel as a message. [`KvmVm`] owns the VM's descriptor and memory slots.
 
 mod cpuid;
-mod kick;
+pub(crate) mod kick;
 mod routes;
 mod state;
 mod vcpu;
@@ -22,7 +22,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
 
-pub(crate) use cpuid::missing_features;
+pub(crate) use cpuid::check;
 
 use crate::soft::host_tsc_khz;
 use crate::{Engine, EngineError, Vcpu, VcpuId, Vm};
@@ -40,7 +40,7 @@ const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
 const IOAPIC_PINS: u64 = 24;
 
 /// Turns what the kernel said about `action` into an error.
-fn host_error<E: Into<io::Error>>(action: &'static str) -> impl Fn(E) -> EngineError {
+pub(crate) fn host_error<E: Into<io::Error>>(action: &'static str) -> impl Fn(E) -> EngineError {
     move |source| EngineError::Host {
         engine: ENGINE,
         action,
@@ -125,7 +125,7 @@ impl KvmVm {
     ) -> Result<Self, EngineError> {
         kick::install_handler()?;
         let kvm = open()?;
-        cpuid::check(&kvm, baseline)?;
+        check(&kvm, baseline)?;
         let vm = kvm.create_vm().map_err(host_error("create a VM"))?;
         vm.set_tss_address(TSS_ADDRESS)
             .map_err(host_error("place its real-mode pages"))?;

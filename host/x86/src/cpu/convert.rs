@@ -125,8 +125,7 @@ impl Cpu {
         }
         if let Some(vector) = state.events.injected_interrupt {
             // It was taken out of the local APIC but not delivered: it is requested again.
-            self.mailbox
-                .post_vector(vector, crate::lapic::Trigger::Edge);
+            self.apic.request_again(vector);
         }
         self.flush_tlb();
         self.refresh_mode();

@@ -238,6 +238,16 @@ impl LocalApic {
         vector
     }
 
+    /// Undoes `acknowledge`: the vector was taken but not delivered, and is requested again.
+    pub fn request_again(&mut self, vector: u8) {
+        if vector < 16 {
+            return;
+        }
+        clear(&mut self.isr, vector);
+        set(&mut self.irr, vector);
+        self.publish();
+    }
+
     /// Ends the highest interrupt in service. Returns its vector when it was level-triggered and
     /// its end must be broadcast to the I/O APIC.
     fn end_of_interrupt(&mut self) -> Option<u8> {

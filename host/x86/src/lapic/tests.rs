@@ -67,6 +67,19 @@ fn the_task_priority_holds_interrupts_back() {
 }
 
 #[test]
+fn a_vector_that_was_taken_but_not_delivered_comes_again() {
+    let (mut apic, mailbox, _) = enabled(0);
+    mailbox.post_vector(0x44, Trigger::Level);
+    apic.poll_mailbox();
+    let vector = apic.acknowledge();
+    assert_eq!(apic.pending_vector(), None);
+    apic.request_again(vector);
+    assert_eq!(apic.acknowledge(), 0x44);
+    assert_eq!(apic.write_mmio(offset::EOI, 0, 0), Some(0x44));
+    assert_eq!(apic.pending_vector(), None);
+}
+
+#[test]
 fn only_level_interrupts_report_their_end() {
     let (mut apic, mailbox, _) = enabled(0);
     for (trigger, expected) in [(Trigger::Level, Some(0x44)), (Trigger::Edge, None)] {
