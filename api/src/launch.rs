@@ -25,6 +25,20 @@ pub struct LaunchSpec {
     pub guest: GuestOrigin,
     /// What standard input is.
     pub standard_input: StandardInput,
+    /// When the guest starts.
+    #[serde(default)]
+    pub start: Start,
+}
+
+/// When the guest starts, after the process has said that it is ready.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Start {
+    /// At once.
+    #[default]
+    AtOnce,
+    /// When somebody reads the console, so that not even a short life goes unseen.
+    WhenWatched,
 }
 
 /// Where the guest comes from.

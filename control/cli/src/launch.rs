@@ -4,7 +4,7 @@ use std::io::Write;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use dunlin_api::launch::{DETACH, GuestOrigin, LaunchReply, LaunchSpec, StandardInput};
+use dunlin_api::launch::{DETACH, GuestOrigin, LaunchReply, LaunchSpec, StandardInput, Start};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::net::unix::pipe;
 
@@ -25,12 +25,13 @@ impl VmProcess {
     ///
     /// # Errors
     /// [`CliError::Host`] when the host refuses.
-    pub fn start(guest: GuestOrigin) -> Result<Self, CliError> {
+    pub fn start(guest: GuestOrigin, start: Start) -> Result<Self, CliError> {
         let spec = LaunchSpec {
             version: dunlin_api::VERSION,
             runtime: runtime_directory().path().to_owned(),
             guest,
             standard_input: StandardInput::Lifeline,
+            start,
         };
         let starting = || CliError::host("start the VM's process");
         let spec = serde_json::to_string(&spec)

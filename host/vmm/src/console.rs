@@ -10,7 +10,8 @@
 //! The guest never waits for a reader: writing is a copy under a lock that readers hold for a copy.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
 
 use dunlin_devices::serial::{Console, Serial};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -39,6 +40,8 @@ pub(crate) struct ConsoleHub {
     state: Mutex<State>,
     output: Notify,
     room: Notify,
+    /// Notified when a reader comes.
+    watched: Condvar,
 }
 
 impl ConsoleHub {
@@ -70,6 +73,15 @@ impl ConsoleHub {
         self.room.notify_waiters();
     }
 
+    /// Waits until somebody reads, for `limit` at most.
+    pub(crate) fn wait_for_reader(&self, limit: Duration) {
+        let unwatched = |state: &mut State| state.readers == 0 && !state.closed;
+        // Nobody came in time, or a reader's thread panicked: the guest starts all the same.
+        let _outcome = self
+            .watched
+            .wait_timeout_while(self.lock(), limit, unwatched);
+    }
+
     /// Have all readers had everything?
     pub(crate) fn is_drained(&self) -> bool {
         self.lock().readers == 0
@@ -79,6 +91,7 @@ impl ConsoleHub {
     pub(crate) async fn serve(self: Arc<Self>, stream: UnixStream) {
         let (input, output) = stream.into_split();
         self.lock().readers += 1;
+        self.watched.notify_all();
         // Typing ends before reading does: a reader that closes its writing half still reads.
         let typing = tokio::spawn(Arc::clone(&self).take_input(input));
         self.send_output(output).await;
@@ -121,7 +134,7 @@ impl ConsoleHub {
                         }
                         tokio::select! {
                             () = self.output.notified() => {}
-                            () = tokio::time::sleep(std::time::Duration::from_millis(500)) => {}
+                            () = tokio::time::sleep(Duration::from_millis(500)) => {}
                         }
                     }
                 }

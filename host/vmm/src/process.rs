@@ -4,8 +4,11 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
-use dunlin_api::launch::{DETACH, GuestOrigin, LaunchReply, LaunchSpec, Overrides, StandardInput};
+use dunlin_api::launch::{
+    DETACH, GuestOrigin, LaunchReply, LaunchSpec, Overrides, StandardInput, Start,
+};
 use dunlin_api::migration::Endpoint;
 use dunlin_api::place::RuntimeDirectory;
 use dunlin_api::status::VmStatus;
@@ -98,7 +101,13 @@ fn live(spec: LaunchSpec, parent: &mut Parent) -> Result<(Ending, VmStatus), Api
             monitor: Arc::clone(&peers.monitor),
         };
         let lifecycle = Lifecycle::new(arrived.guest.machine, arrived.phase, surroundings);
-        let outcome = serve(lifecycle, &arrived.guest.place, &interface, parent);
+        let served = Served {
+            lifecycle,
+            place: &arrived.guest.place,
+            start: spec.start,
+            console: &peers.console,
+        };
+        let outcome = serve(served, &interface, parent);
         peers.console.close();
         if let Some(witness) = arrived.witness {
             settle(&witness);
@@ -111,23 +120,44 @@ fn live(spec: LaunchSpec, parent: &mut Parent) -> Result<(Ending, VmStatus), Api
     Ok(outcome)
 }
 
+/// How long a parent that wants to watch may take to attach to the console.
+const ATTACH: Duration = Duration::from_secs(5);
+
+/// What there is to serve.
+struct Served<'a> {
+    lifecycle: Lifecycle,
+    place: &'a ClaimedPlace,
+    start: Start,
+    console: &'a ConsoleHub,
+}
+
 fn serve(
-    mut lifecycle: Lifecycle,
-    place: &ClaimedPlace,
+    served: Served<'_>,
     interface: &Interface,
     parent: &mut Parent,
 ) -> Result<(Ending, VmStatus), ApiError> {
+    let Served {
+        mut lifecycle,
+        place,
+        start,
+        console,
+    } = served;
     let log = place.open_log().map_err(|error| host(&error))?;
-    let sockets = Sockets {
-        api: ClaimedPlace::listen(&place.place().api_socket()).map_err(|error| host(&error))?,
-        console: ClaimedPlace::listen(&place.place().console_socket())
-            .map_err(|error| host(&error))?,
-    };
-    interface.serve(sockets);
+    let listen = |path| ClaimedPlace::listen(path).map_err(|error| host(&error));
+    interface.serve(Sockets {
+        api: listen(&place.place().api_socket())?,
+        console: listen(&place.place().console_socket())?,
+    });
     if lifecycle.needs_start() {
+        if start == Start::WhenWatched {
+            parent.tell(&LaunchReply::Ready(lifecycle.status()));
+            console.wait_for_reader(ATTACH);
+        }
         lifecycle.start()?;
     }
-    parent.tell(&LaunchReply::Ready(lifecycle.status()));
+    if start == Start::AtOnce {
+        parent.tell(&LaunchReply::Ready(lifecycle.status()));
+    }
     log_to(&log);
     Ok(lifecycle.run())
 }
@@ -226,7 +256,7 @@ fn settle(witness: &Witness) {
         if witness.is_settled() {
             return;
         }
-        std::thread::sleep(std::time::Duration::from_millis(50));
+        std::thread::sleep(Duration::from_millis(50));
     }
     tracing::warn!("the source has not confirmed the move");
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use dunlin_api::ErrorCode;
-use dunlin_api::launch::{GuestOrigin, LaunchReply, Overrides};
+use dunlin_api::launch::{GuestOrigin, LaunchReply, Overrides, Start};
 use dunlin_api::migration::Endpoint;
 use dunlin_api::status::VmStatus;
 use tokio::task::JoinSet;
@@ -98,10 +98,11 @@ struct Place {
 
 impl Place {
     fn open(&self) -> Result<VmProcess, CliError> {
-        VmProcess::start(GuestOrigin::Peer {
+        let guest = GuestOrigin::Peer {
             listen: self.listen.clone(),
             overrides: self.overrides.clone(),
-        })
+        };
+        VmProcess::start(guest, Start::AtOnce)
     }
 
     async fn arrival(

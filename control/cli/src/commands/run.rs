@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use dunlin_api::launch::{GuestOrigin, LaunchReply, Overrides};
+use dunlin_api::launch::{GuestOrigin, LaunchReply, Overrides, Start};
 use dunlin_api::status::{VmState, VmStatus};
 use dunlin_api::{DiskConfig, NetConfig, VERSION, VmConfig, VmName};
 
@@ -84,7 +84,12 @@ pub(super) fn nets(nets: Vec<NetArgument>) -> Result<Vec<NetConfig>, CliError> {
 async fn start(guest: GuestOrigin, detach: bool, printer: &Printer) -> Result<ExitCode, CliError> {
     // Before the process exists, so that no signal leaves it behind.
     let mut interrupts = Interrupts::listen()?;
-    let mut process = VmProcess::start(guest)?;
+    let when = if detach {
+        Start::AtOnce
+    } else {
+        Start::WhenWatched
+    };
+    let mut process = VmProcess::start(guest, when)?;
     let status = tokio::select! {
         status = ready(&mut process) => match status? {
             Some(status) => status,

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use dunlin_api::EngineChoice;
 use dunlin_guest::Memory;
+use dunlin_hypervisor::kvm::KvmVm;
 use dunlin_hypervisor::soft::SoftVm;
 use dunlin_hypervisor::{EngineError, Vm};
 use dunlin_x86::cpuid::Baseline;
@@ -29,9 +30,9 @@ pub(super) fn choose(
     match choice {
         EngineChoice::Soft => Ok(soft("as asked")),
         EngineChoice::Auto => Ok(soft("no other engine yet")),
-        EngineChoice::Kvm => Err(EngineError::Unavailable {
-            engine: "kvm",
-            reason: "not built in yet".into(),
+        EngineChoice::Kvm => Ok(Chosen {
+            vm: Arc::new(KvmVm::new(memory, baseline, cpus)?),
+            reason: "as asked".to_owned(),
         }),
     }
 }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use dunlin_api::error::chain;
 use dunlin_api::snapshot::{SnapshotComponent, SnapshotReport};
 use dunlin_api::{ApiError, ErrorCode};
 use dunlin_guest::{Memory, SavedState};
@@ -48,8 +49,13 @@ impl SourceMachine for PausedMachine<'_> {
     }
 }
 
-fn refused(error: &MigrationError) -> ApiError {
-    ApiError::from_chain(ErrorCode::Host, error)
+fn refused(action: &str, path: &Path, error: &MigrationError) -> ApiError {
+    let cause = chain(error);
+    let path = path.display();
+    ApiError::new(
+        ErrorCode::Host,
+        format!("failed to {action} \"{path}\": {cause}"),
+    )
 }
 
 /// Saves a paused machine.
@@ -63,13 +69,13 @@ pub(crate) fn save_to_file(machine: &Machine, path: &Path) -> Result<(), ApiErro
     }
     file::save(&mut PausedMachine(machine), path)
         .map(drop)
-        .map_err(|error| refused(&error))
+        .map_err(|error| refused("save the guest to", path, &error))
 }
 
 /// Builds a machine from a file; it is paused.
 pub(crate) fn restore_from_file(build: &Build, path: &Path) -> Result<ArrivingMachine, ApiError> {
     let built = file::restore(path, |configuration| build.build_for_peer(configuration));
-    built.map_err(|error| refused(&error))
+    built.map_err(|error| refused("restore the guest in", path, &error))
 }
 
 /// Looks into a file.
@@ -77,7 +83,7 @@ pub(crate) fn restore_from_file(build: &Build, path: &Path) -> Result<ArrivingMa
 /// # Errors
 /// [`ApiError`] when it is not a whole saved guest, or of a newer version.
 pub fn describe_snapshot(path: &Path) -> Result<SnapshotReport, ApiError> {
-    let summary = file::inspect(path).map_err(|error| refused(&error))?;
+    let summary = file::inspect(path).map_err(|error| refused("inspect", path, &error))?;
     Ok(SnapshotReport {
         config: decode_config(&summary.configuration)?,
         file_bytes: summary.file_bytes,
