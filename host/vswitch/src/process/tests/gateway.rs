@@ -13,7 +13,7 @@ use super::*;
 
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
 
-fn gateway(forward_to: Option<u16>) -> PortConfig {
+pub(super) fn gateway(forward_to: Option<u16>) -> PortConfig {
     let forwards = forward_to.into_iter().map(|port| ForwardConfig {
         listen: "127.0.0.2:0".parse().unwrap(),
         to: SocketAddrV4::new(GUEST, port),

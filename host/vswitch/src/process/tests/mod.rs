@@ -4,6 +4,7 @@ mod control;
 mod gateway;
 mod guest;
 mod links;
+mod qemu;
 
 use std::io;
 use std::net::UdpSocket;
