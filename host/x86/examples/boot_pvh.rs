@@ -17,8 +17,7 @@ use dunlin_x86::state::{Segment, segment};
 use dunlin_x86::{CodeMap, Cpu, CpuConfig, Stop, cpuid};
 
 const RAM: usize = 512 << 20;
-const COMMAND_LINE: &str = "earlyprintk=serial console=ttyS0 panic=-1 nokaslr acpi=off \
-                            8250.nr_uarts=1 no_timer_check";
+const COMMAND_LINE: &str = "earlyprintk=serial,ttyS0,115200,keep panic=-1 acpi=off reboot=k";
 
 #[derive(Debug)]
 struct Ram {
@@ -186,6 +185,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         match cpu.run() {
             Stop::PortRead { port, size } => cpu.complete_read(match (port, size) {
                 (0x3fd, _) => 0x60,
+                (0x64, _) => 0,
                 (_, 1) => 0xff,
                 _ => u64::MAX,
             }),
@@ -194,6 +194,10 @@ fn main() -> Result<(), Box<dyn Error>> {
                     out.write_all(&[value as u8])?;
                 }
                 cpu.complete_write();
+                if (port, value) == (0x64, 0xfe) {
+                    eprintln!("reset by the keyboard controller");
+                    break;
+                }
             }
             Stop::MmioRead { .. } => cpu.complete_read(u64::MAX),
             Stop::MmioWrite { .. } => cpu.complete_write(),

@@ -20,6 +20,3 @@ pub mod state;
 
 pub use cpu::{Cpu, CpuConfig, StateError, Stop};
 pub use mmu::CodeMap;
-pub mod probe {
-    macro_rules! p { ($($n:ident)*) => {$( #[unsafe(no_mangle)] #[inline(never)] pub fn $n(a:&mut u128,b:&u128) { *a = crate::float::probe::$n(*a,*b) } )*} }
-}
