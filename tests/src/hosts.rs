@@ -162,7 +162,7 @@ impl Host {
         });
         fs::write(&config, serde_json::to_vec_pretty(&text)?)?;
         let mut command = self.command(&["switch"]);
-        command.arg(&config);
+        command.arg("--config").arg(&config);
         self.switch = Some(self.spawn(&mut command, "switch")?);
         let socket = self.switch_socket();
         let log = self.log("switch");
