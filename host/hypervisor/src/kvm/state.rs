@@ -37,6 +37,12 @@ ioctl_iow_nr!(
 
 /// Legacy region and header of an XSAVE area.
 const XSAVE_LEGACY: usize = 576;
+/// Bytes of the legacy region that are for software, where kernels leave notes.
+const SOFTWARE_BYTES: std::ops::Range<usize> = 464..512;
+/// The mask of MXCSR: a property of the processor, not of the guest; saved as the common part.
+const MXCSR_MASK: std::ops::Range<usize> = 28..32;
+/// XCR0 of a guest without XSAVE: x87 and SSE.
+const XCR0_LEGACY: u64 = 3;
 /// What KVM_GET_XSAVE and KVM_SET_XSAVE move.
 const XSAVE_BYTES: usize = 4096;
 /// Offset of XSTATE_BV in the XSAVE area.
@@ -172,8 +178,8 @@ impl KvmVcpu {
             }
         }
         let xcr0 = match xcrs.xcrs.first() {
-            Some(first) if xcrs.nr_xcrs > 0 => first.value,
-            _ => 1,
+            Some(first) if xcrs.nr_xcrs > 0 && self.has_xsave => first.value,
+            _ => XCR0_LEGACY,
         };
         let clock = self.read_clock(msrs.tsc_adjust)?;
         Ok(CpuState {
@@ -221,9 +227,11 @@ impl KvmVcpu {
     pub(super) fn write_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
         self.check(state)?;
         let failed = |what, action| self.refused(what, action);
-        self.fd
-            .set_xcrs(&to_kvm_xcrs(state.xcr0))
-            .map_err(failed("XCR0", "write XCR0"))?;
+        if self.has_xsave {
+            self.fd
+                .set_xcrs(&to_kvm_xcrs(state.xcr0))
+                .map_err(failed("XCR0", "write XCR0"))?;
+        }
         let xsave = to_kvm_xsave(&state.xsave);
         // SAFETY: the area is the 4096 bytes that KVM_SET_XSAVE reads; dynamically enabled
         // features, which would make it read more, are in no baseline and so not enabled.
@@ -523,7 +531,9 @@ fn to_kvm_xcrs(xcr0: u64) -> kvm_xcrs {
 /// kernel says that they are in their initial state.
 fn from_kvm_xsave(xsave: &kvm_xsave, xcr0: u64) -> Vec<u8> {
     let mut area: Vec<u8> = xsave.region.iter().flat_map(|w| w.to_le_bytes()).collect();
-    if xcr0 & !3 == 0 {
+    area[SOFTWARE_BYTES].fill(0);
+    area[MXCSR_MASK].copy_from_slice(&0xffff_u32.to_le_bytes());
+    if xcr0 & !XCR0_LEGACY == 0 {
         area.truncate(XSAVE_LEGACY);
         area[XSTATE_BV..XSTATE_BV + 8].fill(0);
     }

@@ -65,6 +65,8 @@ pub(super) struct KvmVcpu {
     pub(super) interrupts: Arc<Interrupts>,
     /// The model-specific registers of a state that this kernel knows.
     pub(super) known_msrs: Vec<u32>,
+    /// The baseline has XSAVE, so that XCR0 exists.
+    pub(super) has_xsave: bool,
     kick: Arc<Kick>,
     thread: Option<ThreadId>,
     access: Access,
@@ -91,6 +93,7 @@ impl KvmVcpu {
             shared,
             interrupts,
             known_msrs: Vec::new(),
+            has_xsave: false,
             kick: Arc::new(Kick::new(immediate_exit)),
             thread: None,
             access: Access::None,
@@ -118,6 +121,7 @@ impl KvmVcpu {
         self.fd
             .set_cpuid2(&cpuid::table(baseline, context)?)
             .map_err(host_error("set CPUID"))?;
+        self.has_xsave = baseline.has("xsave");
         self.find_known_msrs();
         self.set_tsc(0)
     }
