@@ -25,8 +25,8 @@ const BATCH_PAGES: usize = 128;
 const STALE_ROUNDS: u32 = 8;
 /// Time between two calls of the progress callback within a round.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(50);
-/// Round trips measured before copying; the first only wakes everybody up.
-const PINGS: u64 = 3;
+/// Round trips measured before copying; each round measures one more.
+const FIRST_PINGS: u64 = 3;
 
 /// What the attempt needs besides the machine.
 pub(super) struct Attempt<'o, 'p> {
@@ -50,6 +50,7 @@ pub(super) struct Attempt<'o, 'p> {
     pub(super) next_round: u32,
     /// Number of the last switch-over.
     pub(super) switch_over: u32,
+    pings: u64,
     /// The last live round: what is harvested since then was dirtied since then.
     round_begun: Instant,
     pub(super) started: Instant,
@@ -95,6 +96,7 @@ impl<'o, 'p> Attempt<'o, 'p> {
                     memory,
                     next_round: 0,
                     switch_over: 0,
+                    pings: 0,
                     round_begun: Instant::now(),
                     started: start.started,
                     report: start.report,
@@ -110,7 +112,9 @@ impl<'o, 'p> Attempt<'o, 'p> {
         machine: &mut dyn SourceMachine,
         connector: &mut dyn Connector,
     ) -> Result<End, MigrationError> {
-        self.measure_round_trip()?;
+        for _ in 0..FIRST_PINGS {
+            self.ping()?;
+        }
         machine.start_dirty_tracking()?;
         let mut best = u64::MAX;
         let mut stale = 0;
@@ -213,7 +217,7 @@ impl<'o, 'p> Attempt<'o, 'p> {
         self.report.pages += counts.pages;
         self.report.zero_pages += counts.zero_pages;
         self.tell(Step::Copying, number, set.len(), set.len());
-        Ok(())
+        self.ping()
     }
 
     /// Takes the pending pages for sending; they are unconfirmed from now on.
@@ -253,22 +257,21 @@ impl<'o, 'p> Attempt<'o, 'p> {
         }
     }
 
-    fn measure_round_trip(&mut self) -> Result<(), MigrationError> {
+    /// Sends a sign of life there and back.
+    fn ping(&mut self) -> Result<(), MigrationError> {
         let patience = Patience::Idle(self.options.idle_timeout);
-        for number in 0..PINGS {
-            let begun = Instant::now();
-            let ping = KeepAlive { echo: 1, number };
-            self.wire.send(&Message::KeepAlive(ping), patience)?;
-            loop {
-                match self.wire.receive(patience)? {
-                    Message::KeepAlive(body) if body.echo == 0 && body.number == number => break,
-                    other => self.hear(other)?,
-                }
-            }
-            if number > 0 {
-                self.estimate.round_trip(begun.elapsed());
+        let number = self.pings;
+        self.pings += 1;
+        let begun = Instant::now();
+        let ping = KeepAlive { echo: 1, number };
+        self.wire.send(&Message::KeepAlive(ping), patience)?;
+        loop {
+            match self.wire.receive(patience)? {
+                Message::KeepAlive(body) if body.echo == 0 && body.number == number => break,
+                other => self.hear(other)?,
             }
         }
+        self.estimate.round_trip(begun.elapsed());
         Ok(())
     }
 

@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-/// Rounds that count as recent.
+/// Rounds, and round trips, that count as recent.
 const RECENT: usize = 3;
 /// A round with fewer pages says more about latency than about rate.
 const SMALL_ROUND: u64 = 256;
@@ -52,7 +52,7 @@ struct Sample {
 #[derive(Debug)]
 pub(super) struct Estimate {
     overheads: Overheads,
-    round_trip: Duration,
+    round_trips: VecDeque<Duration>,
     samples: VecDeque<Sample>,
     latency: Duration,
 }
@@ -61,15 +61,24 @@ impl Estimate {
     pub(super) fn new() -> Self {
         Self {
             overheads: FIRST_GUESS,
-            round_trip: Duration::ZERO,
+            round_trips: VecDeque::new(),
             samples: VecDeque::new(),
             latency: Duration::ZERO,
         }
     }
 
-    /// A round trip without load.
+    /// A small message went there and back.
     pub(super) fn round_trip(&mut self, measured: Duration) {
-        self.round_trip = self.round_trip.max(measured);
+        self.round_trips.push_back(measured);
+        if self.round_trips.len() > RECENT {
+            self.round_trips.pop_front();
+        }
+    }
+
+    /// The slowest of the recent round trips: it has in it how long the threads of both sides
+    /// wait for a processor.
+    fn slowest_round_trip(&self) -> Duration {
+        self.round_trips.iter().copied().max().unwrap_or_default()
     }
 
     /// A round was confirmed.
@@ -111,13 +120,13 @@ impl Estimate {
 
     /// Time that has to be left when `Commit` is written, so that the guest runs in time.
     pub(super) fn reserve(&self, limit: Duration) -> Duration {
-        (self.round_trip + self.overheads.start).min(limit / 2)
+        (self.slowest_round_trip() + self.overheads.start).min(limit / 2)
     }
 
     /// The pause when `pages` pages and the states of the machine remain.
     pub(super) fn pause(&self, pages: u64) -> Duration {
         let copying = self.seconds_a_page() * pages as f64;
-        let fixed = self.overheads.sum() + self.round_trip * 2 + self.latency;
+        let fixed = self.overheads.sum() + self.slowest_round_trip() * 2 + self.latency;
         fixed + Duration::try_from_secs_f64(copying).unwrap_or(Duration::MAX / 4)
     }
 
@@ -154,6 +163,18 @@ mod tests {
         estimate.round(1, 10_000, ms(10));
         estimate.round(2, 1, ms(10));
         assert!(estimate.fits(5_000, LIMIT));
+    }
+
+    #[test]
+    fn the_reserve_follows_the_slowest_recent_round_trip() {
+        let mut estimate = Estimate::new();
+        estimate.round_trip(ms(1));
+        estimate.round_trip(ms(12));
+        assert_eq!(estimate.reserve(LIMIT), ms(13));
+        (0..RECENT).for_each(|_| estimate.round_trip(ms(1)));
+        assert_eq!(estimate.reserve(LIMIT), ms(2));
+        estimate.round_trip(ms(500));
+        assert_eq!(estimate.reserve(LIMIT), LIMIT / 2);
     }
 
     #[test]
