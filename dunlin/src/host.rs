@@ -38,7 +38,7 @@ impl Host for ThisHost {
     }
 
     fn probe(&self) -> ProbeReport {
-        ProbeReport::default()
+        crate::probe::probe()
     }
 
     fn describe_snapshot(&self, path: &Path) -> Result<SnapshotReport, ApiError> {

@@ -1,6 +1,7 @@
 //! The one binary: wiring, nothing else.
 
 mod host;
+mod probe;
 
 use std::process::ExitCode;
 

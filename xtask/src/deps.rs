@@ -46,6 +46,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "dunlin-migration",
             "dunlin-vmm",
             "dunlin-vswitch",
+            "dunlin-x86",
         ],
     ),
     ("dunlin-guest-agent", &[]),

@@ -14,7 +14,7 @@ mod requests;
 mod state;
 
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -243,10 +243,7 @@ impl Lifecycle {
             return self.inbox.recv().ok();
         };
         let left = until.saturating_duration_since(Instant::now());
-        match self.inbox.recv_timeout(left) {
-            Ok(message) => Some(message),
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-        }
+        self.inbox.recv_timeout(left).ok()
     }
 
     fn handle(&mut self, message: Message) {

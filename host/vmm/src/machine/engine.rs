@@ -5,8 +5,9 @@ use std::sync::Arc;
 use dunlin_api::EngineChoice;
 use dunlin_guest::Memory;
 use dunlin_hypervisor::kvm::KvmVm;
+use dunlin_hypervisor::probe::{self, EngineRequest};
 use dunlin_hypervisor::soft::SoftVm;
-use dunlin_hypervisor::{EngineError, Vm};
+use dunlin_hypervisor::{Engine, EngineError, Vm};
 use dunlin_x86::cpuid::Baseline;
 
 /// An engine, and why it was taken.
@@ -23,16 +24,15 @@ pub(super) fn choose(
     baseline: &'static Baseline,
     cpus: u32,
 ) -> Result<Chosen, EngineError> {
-    let soft = |reason: &str| Chosen {
-        vm: Arc::new(SoftVm::new(memory, baseline, cpus)),
-        reason: reason.to_owned(),
+    let request = match choice {
+        EngineChoice::Auto => EngineRequest::Auto,
+        EngineChoice::Soft => EngineRequest::Soft,
+        EngineChoice::Kvm => EngineRequest::Kvm,
     };
-    match choice {
-        EngineChoice::Soft => Ok(soft("as asked")),
-        EngineChoice::Auto => Ok(soft("no other engine yet")),
-        EngineChoice::Kvm => Ok(Chosen {
-            vm: Arc::new(KvmVm::new(memory, baseline, cpus)?),
-            reason: "as asked".to_owned(),
-        }),
-    }
+    let (engine, reason) = probe::choose(request, baseline)?;
+    let vm: Arc<dyn Vm> = match engine {
+        Engine::Soft => Arc::new(SoftVm::new(memory, baseline, cpus)),
+        Engine::Kvm => Arc::new(KvmVm::new(memory, baseline, cpus)?),
+    };
+    Ok(Chosen { vm, reason })
 }

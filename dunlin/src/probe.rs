@@ -1,0 +1,121 @@
+//! What this host offers, in words.
+
+use dunlin_api::probe::{ProbeItem, ProbeReport};
+use dunlin_hypervisor::Engine;
+use dunlin_hypervisor::probe::{EngineRequest, HostProbe, UserfaultfdAccess, choose};
+use dunlin_x86::cpuid::X86_64_V2;
+
+/// Looks at this host.
+pub(crate) fn probe() -> ProbeReport {
+    let (engine, engine_reason) = match choose(EngineRequest::Auto, &X86_64_V2) {
+        Ok((Engine::Kvm, reason)) => ("kvm", reason),
+        Ok((Engine::Soft, reason)) => ("soft", reason),
+        Err(error) => ("soft", dunlin_api::error::chain(&error)),
+    };
+    ProbeReport {
+        engine: engine.into(),
+        engine_reason,
+        items: items(HostProbe::run()),
+    }
+}
+
+fn items(host: HostProbe) -> Vec<ProbeItem> {
+    let HostProbe {
+        cpu_vendor,
+        cpu_model,
+        cpus,
+        cpu_features,
+        kvm_baselines,
+        vulnerabilities,
+        kernel,
+        kvm,
+        ring0,
+        userfaultfd,
+        tap,
+        huge_pages,
+        rdma_devices,
+        sriov_devices,
+    } = host;
+    let kvm_detail = match &kvm {
+        Ok(()) => format!("/dev/kvm opens; baselines: {}", listed(&kvm_baselines)),
+        Err(reason) => reason.clone(),
+    };
+    let ring0_detail = match ring0 {
+        Some(speed) if speed.native => {
+            format!("native ({:.1} times the host's time)", speed.slowdown)
+        }
+        Some(speed) => format!("emulated ({:.0} times the host's time)", speed.slowdown),
+        None => "not measured".into(),
+    };
+    let pages = huge_pages
+        .iter()
+        .map(|(size, count)| format!("{count} of {size} kB"));
+    let functions = sriov_devices
+        .iter()
+        .map(|device| format!("{} ({})", device.interface, device.functions));
+    vec![
+        item(
+            "processor",
+            true,
+            format!("{cpu_model} ({cpu_vendor}), {cpus} usable"),
+        ),
+        item("features", !cpu_features.is_empty(), listed(&cpu_features)),
+        item(
+            "vulnerabilities",
+            vulnerabilities.is_empty(),
+            listed(&vulnerabilities),
+        ),
+        item("kernel", true, kernel),
+        item("kvm", kvm.is_ok(), kvm_detail),
+        item(
+            "ring 0 under kvm",
+            ring0.is_some_and(|speed| speed.native),
+            ring0_detail,
+        ),
+        item(
+            "page faults",
+            userfaultfd != UserfaultfdAccess::None,
+            match userfaultfd {
+                UserfaultfdAccess::Full => "userfaultfd: of processes and of the kernel".into(),
+                UserfaultfdAccess::UserOnly => "userfaultfd: of processes only".into(),
+                UserfaultfdAccess::None => "userfaultfd cannot be opened".into(),
+            },
+        ),
+        item(
+            "tap",
+            tap,
+            if tap {
+                "/dev/net/tun opens".into()
+            } else {
+                "/dev/net/tun does not open; the built-in gateway needs none".into()
+            },
+        ),
+        item(
+            "huge pages",
+            huge_pages.iter().any(|(_, count)| *count > 0),
+            listed(pages),
+        ),
+        item("rdma", !rdma_devices.is_empty(), listed(&rdma_devices)),
+        item("sr-iov", !sriov_devices.is_empty(), listed(functions)),
+    ]
+}
+
+fn item(name: &str, usable: bool, detail: String) -> ProbeItem {
+    ProbeItem {
+        name: name.into(),
+        usable,
+        detail,
+    }
+}
+
+fn listed<T: AsRef<str>>(words: impl IntoIterator<Item = T>) -> String {
+    let words: Vec<String> = words
+        .into_iter()
+        .map(|word| word.as_ref().to_owned())
+        .collect();
+    if words.is_empty() {
+        "none".into()
+    } else {
+        words.join(", ")
+    }
+}
