@@ -1,5 +1,4 @@
 //! Bits of the control registers and of EFER.
-#![expect(missing_docs, reason = "named as the architecture names them")]
 
 pub(crate) const CR0_PE: u64 = 1 << 0;
 pub(crate) const CR0_MP: u64 = 1 << 1;

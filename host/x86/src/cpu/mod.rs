@@ -99,12 +99,12 @@ pub struct Cpu {
     pub(crate) config: CpuConfig,
 }
 
-// SAFETY: the pointers inside lead to blocks and pages that the processor owns itself, and to
-// guest memory that `PhysicalMemory` shares between threads; nothing is bound to a thread.
 #[expect(
     unsafe_code,
     reason = "the processor is made on one thread and run on another"
 )]
+// SAFETY: the pointers inside lead to blocks and pages that the processor owns itself, and to
+// guest memory that `PhysicalMemory` shares between threads; nothing is bound to a thread.
 unsafe impl Send for Cpu {}
 
 impl std::fmt::Debug for Cpu {

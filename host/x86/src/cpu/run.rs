@@ -17,10 +17,10 @@ const NMI: u8 = 2;
 impl Cpu {
     /// Runs until something needs the machine.
     pub fn run(&mut self) -> Stop {
-        if !self.replay.is_empty() {
-            if let Some(stop) = self.run_alone() {
-                return stop;
-            }
+        if !self.replay.is_empty()
+            && let Some(stop) = self.run_alone()
+        {
+            return stop;
         }
         loop {
             if let Some(stop) = self.between() {
@@ -75,13 +75,12 @@ impl Cpu {
             let known = block.links[link].get();
             if !known.is_null() {
                 // SAFETY: links lead to blocks of the same page, which are dropped together, and
-                // dropped blocks live on until `collect`. This one was not dropped while it ran:
-                // that would have ended it.
+                // dropped blocks live on until `collect`, which this loop does not call.
                 #[expect(unsafe_code, reason = "blocks are chained by pointer")]
                 return Ok(unsafe { &*known });
             }
             let next = self.find_block()?;
-            if !next.spanning {
+            if block.frame.is_some() && block.frame == next.frame {
                 block.links[link].set(next);
             }
             return Ok(next);
@@ -187,10 +186,10 @@ impl Cpu {
             self.attention = true;
             return Some(Stop::EndOfInterrupt { vector });
         }
-        if self.mailbox.has_events() {
-            if let Some(stop) = self.take_mail() {
-                return Some(stop);
-            }
+        if self.mailbox.has_events()
+            && let Some(stop) = self.take_mail()
+        {
+            return Some(stop);
         }
         if self.deadline != u64::MAX && self.tsc() >= self.deadline {
             let now = self.tsc();

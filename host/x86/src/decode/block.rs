@@ -16,11 +16,13 @@ const LINE: u64 = 64;
 pub(crate) struct Block {
     pub(crate) ops: Box<[Op]>,
     /// What the rare instructions need; the operations point into it.
+    #[expect(dead_code, reason = "owned here, reached by pointer")]
     pub(crate) cold: Box<[Box<Cold>]>,
     pub(crate) instructions: u32,
     pub(crate) bytes: u16,
-    /// Its only instruction lies in two pages: it is looked up and compared each time.
-    pub(crate) spanning: bool,
+    /// The physical page that it is dropped with; `None` for one whose only instruction lies in
+    /// two pages, which is looked up and compared each time.
+    pub(crate) frame: Option<u64>,
     /// Blocks of the same page that this one leads to: by its branch, and behind its end. They
     /// are dropped together with it.
     pub(crate) links: [Cell<*const Block>; 2],

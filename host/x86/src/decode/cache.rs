@@ -67,6 +67,7 @@ pub(crate) struct BlockCache {
     /// Code in the upper half whose translation is not global.
     local_upper: bool,
     /// Blocks that were dropped while one of them may have been running.
+    #[expect(clippy::vec_box, reason = "links and jumps point to them")]
     dropped: Vec<Box<Block>>,
     /// Pages decoded lately, which another processor may still be storing to unseen.
     young: Vec<(u64, u8)>,
@@ -170,10 +171,10 @@ impl BlockCache {
 
     /// This processor has stored to a page that holds code; `count` is the page's counter since.
     pub(crate) fn stored(&mut self, frame: u64, count: u32) {
-        if let Some(page) = self.pages.get_mut(&frame) {
-            if page.count.wrapping_add(2) == count {
-                page.count = count;
-            }
+        if let Some(page) = self.pages.get_mut(&frame)
+            && page.count.wrapping_add(2) == count
+        {
+            page.count = count;
         }
         self.stores = self.stores.wrapping_add(1);
     }
@@ -212,12 +213,13 @@ impl Cpu {
             code.refresh();
             let bytes = &code.copy[usize::from(offset)..];
             let lowered = lower::block(bytes, offset, mode, self.config.baseline);
-            let Some(block) = lowered else {
+            let Some(mut block) = lowered else {
                 if in_page < MAX_BYTES {
                     return self.find_spanning(linear, fetch, privilege);
                 }
                 return Err(self.undefined());
             };
+            block.frame = Some(fetch.frame);
             code.lines |= CodePage::lines_of(offset.into(), block.bytes.into());
             code.blocks.insert(key, Box::new(block));
         }
@@ -259,13 +261,12 @@ impl Cpu {
             .get(&key)
             .is_some_and(|s| s.bytes[..s.len] == bytes[..s.len]);
         if !known {
-            let mut block = lower::single(
+            let block = lower::single(
                 &bytes,
                 (linear & PAGE_OFFSET) as u16,
                 self.mode,
                 self.config.baseline,
             );
-            block.spanning = true;
             let spanning = Spanning {
                 bytes,
                 len: block.bytes.into(),

@@ -26,6 +26,7 @@ pub(super) struct Lowering {
     pub(super) mode: Mode,
     pub(super) baseline: &'static Baseline,
     pub(super) ops: Vec<Op>,
+    #[expect(clippy::vec_box, reason = "operations point to them")]
     cold: Vec<Box<Cold>>,
     /// Offset of the block in its page, which is the address that decoding starts from.
     start: u64,
@@ -56,7 +57,7 @@ pub(super) fn single(bytes: &[u8], offset: u16, mode: Mode, baseline: &'static B
 /// Do `bytes` begin with a complete instruction (or one that never will be)?
 pub(super) fn is_complete(bytes: &[u8], mode: Mode) -> bool {
     let mut decoder = Decoder::new(mode.bits(), bytes, DecoderOptions::NONE);
-    decoder.decode();
+    let _first = decoder.decode();
     decoder.last_error() != DecoderError::NoMoreBytes
 }
 
@@ -130,7 +131,7 @@ impl Lowering {
             instructions: self.instructions,
             bytes: bytes as u16,
             links: no_links(),
-            spanning: false,
+            frame: None,
         }
     }
 
@@ -227,17 +228,17 @@ impl Lowering {
     /// Describes the memory operand in `op`; where the address wraps or is checked, an operation
     /// before it works it out.
     fn memory(&mut self, instruction: &Instruction, operand: u32, op: &mut Op) {
-        let (mut base, mut index, mut displacement) = (Register::None, Register::None, 0);
-        match instruction.op_kind(operand) {
+        let (mut index, mut displacement) = (Register::None, 0);
+        let base = match instruction.op_kind(operand) {
             OpKind::Memory => {
-                base = instruction.memory_base();
                 index = instruction.memory_index();
                 displacement = instruction.memory_displacement64() as i64;
+                instruction.memory_base()
             }
-            OpKind::MemorySegRDI => base = Register::RDI,
-            OpKind::MemorySegEDI => base = Register::EDI,
-            _ => base = Register::DI,
-        }
+            OpKind::MemorySegRDI => Register::RDI,
+            OpKind::MemorySegEDI => Register::EDI,
+            _ => Register::DI,
+        };
         let bytes = match (base.size(), index.size()) {
             (0, 0) => instruction.memory_displ_size(),
             (0, size) | (size, _) => size as u32,

@@ -68,8 +68,6 @@ pub(crate) enum Exception {
     DivideError,
     /// With the bits of DR6 to set.
     Debug(u64),
-    Breakpoint,
-    Overflow,
     BoundRange,
     InvalidOpcode,
     DeviceNotAvailable,
@@ -81,7 +79,6 @@ pub(crate) enum Exception {
     /// Linear address and error code.
     PageFault(u64, u32),
     X87,
-    AlignmentCheck,
     Simd,
 }
 
@@ -91,8 +88,6 @@ impl Exception {
         match self {
             Self::DivideError => (0, None),
             Self::Debug(_) => (1, None),
-            Self::Breakpoint => (3, None),
-            Self::Overflow => (4, None),
             Self::BoundRange => (5, None),
             Self::InvalidOpcode => (6, None),
             Self::DeviceNotAvailable => (7, None),
@@ -103,7 +98,6 @@ impl Exception {
             Self::GeneralProtection(code) => (13, Some(code.into())),
             Self::PageFault(_, code) => (14, Some(code)),
             Self::X87 => (16, None),
-            Self::AlignmentCheck => (17, Some(0)),
             Self::Simd => (19, None),
         }
     }

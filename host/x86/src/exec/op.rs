@@ -26,7 +26,6 @@ pub(crate) mod slot {
     pub(crate) const SEGMENT: u8 = 24;
     pub(crate) const CS: u8 = SEGMENT + 1;
     pub(crate) const SS: u8 = SEGMENT + 2;
-    pub(crate) const DS: u8 = SEGMENT + 3;
 }
 
 /// What a handler leaves to the block's loop.

@@ -294,6 +294,7 @@ impl Cpu {
 
     #[cold]
     #[inline(never)]
+    #[expect(clippy::too_many_arguments, reason = "what a store is, in registers")]
     fn store_slow(
         &mut self,
         address: u64,
