@@ -25,6 +25,9 @@ const CONNECT_TIME: Duration = Duration::from_secs(20);
 /// How long a guest may leave bytes without acknowledgement, as it does while it is paused.
 const SILENCE: Duration = Duration::from_secs(15 * 60);
 
+/// The same when the host's side has ended, so that nobody may be waiting any more.
+const SILENCE_AFTER_END: Duration = Duration::from_secs(60);
+
 /// What a turn of a connection came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Outcome {
@@ -188,7 +191,12 @@ impl Connection {
                 socket.state(),
                 State::FinWait1 | State::LastAck | State::Closing
             );
-        let is_silent = is_unanswered && now.saturating_sub(self.heard) >= SILENCE;
+        let patience = if self.has_host_ended {
+            SILENCE_AFTER_END
+        } else {
+            SILENCE
+        };
+        let is_silent = is_unanswered && now.saturating_sub(self.heard) >= patience;
         let overdue = is_silent || self.deadline().is_some_and(|deadline| deadline <= now);
         if overdue {
             self.reset(socket);

@@ -353,7 +353,7 @@ impl Gateway {
                 is_request,
             }) => {
                 if let Some(stack) = self.stacks.get_mut(&sender) {
-                    stack.learn(station);
+                    stack.learn(station, now);
                 }
                 if is_request {
                     out.push(responder::arp_reply(self.identity, station, sender));

@@ -46,6 +46,16 @@ const JUMPS: usize = 64;
 /// First of the ports from which the gateway calls guests.
 const FIRST_PORT: u16 = 49152;
 
+/// How long a guest that was heard is believed to be where it was, as on any host. The stack
+/// itself would forget it [`CLOCK_RATE`] times sooner and fill the network with questions.
+const STATION_LIFETIME: Duration = Duration::from_secs(60);
+
+/// How often the stack is reminded.
+const REMINDER: Duration = Duration::from_secs(1);
+
+/// Questions for a guest's station that may leave at once; after that one a second.
+const QUESTIONS: u32 = 10;
+
 /// The stack's side of the switch port.
 #[derive(Debug, Default)]
 struct Wire {
@@ -97,11 +107,19 @@ impl Device for Wire {
     }
 }
 
+fn is_arp(frame: &[u8]) -> bool {
+    frame.get(12..14) == Some(&[0x08, 0x06])
+}
+
 /// See the module.
 pub(super) struct GuestStack {
     identity: Identity,
     guest: Ipv4Addr,
     station: Option<MacAddress>,
+    heard: Duration,
+    reminded: Duration,
+    questions: u32,
+    asked: Duration,
     interface: Interface,
     sockets: SocketSet<'static>,
     wire: Wire,
@@ -138,6 +156,10 @@ impl GuestStack {
             identity,
             guest,
             station: None,
+            heard: Duration::ZERO,
+            reminded: Duration::ZERO,
+            questions: QUESTIONS,
+            asked: Duration::ZERO,
             interface,
             sockets: SocketSet::new(Vec::new()),
             wire,
@@ -169,12 +191,36 @@ impl GuestStack {
     }
 
     /// The guest has said which station it is.
-    pub(super) fn learn(&mut self, station: MacAddress) {
+    pub(super) fn learn(&mut self, station: MacAddress, now: Duration) {
         self.station = Some(station);
+        self.heard = now;
+        self.remind(now);
+    }
+
+    /// Tells the stack where the guest is, as if the guest had.
+    fn remind(&mut self, now: Duration) {
+        let Some(station) = self.station else { return };
+        self.reminded = now;
         let own = (self.identity.mac, self.identity.address);
         self.wire
             .incoming
             .push_back(arp_frame((station, self.guest), own));
+    }
+
+    /// Hands over what the stack sent, without questions beyond their rate.
+    fn release(&mut self, now: Duration, out: &mut Vec<Vec<u8>>) {
+        let seconds = u32::try_from(now.saturating_sub(self.asked).as_secs()).unwrap_or(u32::MAX);
+        self.questions = self.questions.saturating_add(seconds).min(QUESTIONS);
+        self.asked += Duration::from_secs(u64::from(seconds));
+        for frame in self.wire.outgoing.drain(..) {
+            if is_arp(&frame) {
+                let Some(left) = self.questions.checked_sub(1) else {
+                    continue;
+                };
+                self.questions = left;
+            }
+            out.push(frame);
+        }
     }
 
     /// A frame with a TCP segment from the guest.
@@ -185,6 +231,7 @@ impl GuestStack {
         if segment.is_bare_syn && self.connections.values().any(is_ours) {
             return;
         }
+        self.heard = now;
         for connection in self.connections.values_mut() {
             connection.guest_heard(now);
         }
@@ -275,6 +322,10 @@ impl GuestStack {
         out: &mut Vec<Vec<u8>>,
     ) -> Vec<u32> {
         let mut closed = Vec::new();
+        let is_believed = now.saturating_sub(self.heard) < STATION_LIFETIME;
+        if is_believed && now.saturating_sub(self.reminded) >= REMINDER {
+            self.remind(now);
+        }
         for _turn in 0..TURNS {
             let clock = self.clock(now);
             // Bytes from the host first, so that they leave in this turn.
@@ -288,7 +339,7 @@ impl GuestStack {
             }
         }
         self.pump(now, registrar, &mut closed);
-        out.append(&mut self.wire.outgoing);
+        self.release(now, out);
         closed
     }
 
@@ -332,9 +383,7 @@ impl GuestStack {
             };
             self.jumped += due;
             // The jump must not make the stack forget where the guest is.
-            if let Some(station) = self.station {
-                self.learn(station);
-            }
+            self.remind(now);
             closed.extend(self.poll(now, registrar, out));
         }
         closed

@@ -293,6 +293,61 @@ fn a_stack_that_fails_takes_only_its_own_connections_with_it() {
     drop(again);
 }
 
+#[test]
+fn a_guest_that_is_gone_is_asked_for_once_a_second() {
+    let (mut gateway, _client) = calling();
+    let mut questions = Vec::new();
+    // 15 seconds: less than the gateway waits for a guest to accept.
+    for step in 0..1500_u64 {
+        let mut out = Vec::new();
+        gateway.poll(Duration::from_millis(step * 10), &mut out);
+        assert!(
+            out.iter()
+                .all(|frame| frame[12..14] == [8, 6] && frame[..6] == [0xff; 6])
+        );
+        questions.push(out.len());
+    }
+    // At first as often as a guest that has just started needs.
+    assert!(questions[..100].iter().sum::<usize>() >= 10);
+    let later: usize = questions[500..].iter().sum();
+    assert!((9..=11).contains(&later), "{later}");
+}
+
+#[test]
+fn a_guest_that_was_heard_is_not_asked_for_again_soon() {
+    let (mut gateway, client) = calling();
+    let (port, own, _) = last_segment(&tell(&mut gateway, 0, &guest_arp())).unwrap();
+    tell(
+        &mut gateway,
+        0,
+        &segment(port, (9, own.wrapping_add(1), 0x12, 1000), &[]),
+    );
+    std::io::Write::write_all(&mut &client, b"bytes that nobody acknowledges").unwrap();
+    let number = *gateway.guests.keys().next().unwrap();
+    gateway.ready(
+        number,
+        Ready {
+            token: 0,
+            readable: true,
+            writable: false,
+            broken: false,
+        },
+        Duration::ZERO,
+    );
+    let mut sent = 0;
+    for step in 0..5000_u64 {
+        let mut out = Vec::new();
+        gateway.poll(Duration::from_millis(step * 10), &mut out);
+        sent += out.len();
+        assert!(
+            out.iter().all(|frame| frame[12..14] == [8, 0]),
+            "no question within 50 seconds"
+        );
+    }
+    // Less and less often: 50 ms, 100 ms, … up to 3 s.
+    assert!((10..40).contains(&sent), "{sent}");
+}
+
 /// Frames near enough to right ones that they get past the first checks.
 fn nearly_right() -> impl Strategy<Value = Vec<u8>> {
     let numbers = (any::<u32>(), any::<u32>(), any::<u8>(), any::<u16>());

@@ -223,10 +223,10 @@ fn foreign_malformed_and_oversized_packets_of_a_tunnel_are_counted_and_dropped()
     let directory = directory.path();
     let ends = [free_endpoint(2), free_endpoint(3)];
     let ports = vec![unix(directory, "vm"), tunnel(ends[0], ends[1])];
+    let remote = UdpSocket::bind(ends[1].0).unwrap();
     let switch = Running::start(directory, "a", ports);
     let mut vm = device(directory, "vm");
     vm.announce(mac(1)).unwrap();
-    let remote = UdpSocket::bind(ends[1].0).unwrap();
     remote.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut buffer = [0; 2048];
     let length = remote.recv(&mut buffer).unwrap();
