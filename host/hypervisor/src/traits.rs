@@ -187,7 +187,8 @@ pub trait Vcpu: Debug + Send {
     /// instruction border. Executes no further instruction.
     ///
     /// # Errors
-    /// [`EngineError`] when the engine failed.
+    /// [`EngineError`] when the engine failed, or the instruction has further accesses (a string
+    /// instruction): run on then. After [`Exit::Kicked`] no access is open.
     fn quiesce(&mut self) -> Result<(), EngineError>;
 
     /// A handle for other threads.

@@ -28,12 +28,12 @@ struct Target {
 #[derive(Debug, Clone, Copy)]
 struct ImmediateExit(*const AtomicU8);
 
-// SAFETY: the pointer is to a byte of a shared mapping that is accessed atomically only; it is
-// used under the lock of `Kick::target`, which forgets it before the mapping ends.
 #[expect(
     unsafe_code,
     reason = "a pointer into the run page is reached from other threads"
 )]
+// SAFETY: the pointer is to a byte of a shared mapping that is accessed atomically only; it is
+// used under the lock of `Kick::target`, which forgets it before the mapping ends.
 unsafe impl Send for ImmediateExit {}
 
 impl ImmediateExit {

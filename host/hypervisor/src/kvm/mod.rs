@@ -3,6 +3,7 @@
 //! The local APICs are the kernel's, the I/O APIC is ours ("split irqchip"), so every interrupt
 //! reaches the kernel as a message. [`KvmVm`] owns the VM's descriptor and memory slots.
 
+mod convert;
 mod cpuid;
 pub(crate) mod kick;
 mod routes;

@@ -192,11 +192,11 @@ fn best_of_3(run: impl Fn()) -> Duration {
 
 /// The same loop here.
 fn native_loop() {
-    // SAFETY: the block changes a register that it declares, and flags.
     #[expect(
         unsafe_code,
         reason = "the loop must be the guest's, instruction by instruction"
     )]
+    // SAFETY: the block changes a register that it declares, and flags.
     unsafe {
         std::arch::asm!(
             "2: dec {count:e}",

@@ -27,8 +27,6 @@ use memory::GuestRam;
 use router::Router;
 use vcpu::SoftVcpu;
 
-pub(crate) const ENGINE: &str = "soft";
-
 /// Addresses at which a store only rings.
 #[derive(Debug, Default)]
 struct Doorbells(RwLock<HashMap<u64, Arc<EventFd>>>);

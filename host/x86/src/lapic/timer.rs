@@ -67,7 +67,7 @@ impl Timer {
 
     fn divisor(&self) -> u64 {
         let code = self.divide & 3 | self.divide >> 1 & 4;
-        1 << (code + 1 & 7)
+        1 << ((code + 1) & 7)
     }
 
     /// TSC ticks that `count` counts take; at least one.
