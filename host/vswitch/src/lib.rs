@@ -1,7 +1,14 @@
 //! The virtual switch: ports, forwarding, uplinks, gateway.
 //!
-//! A VM's network device holds a [`Port`] and exchanges batches of frames with it; the switch
-//! process owns the other ends. Must not depend on devices, engines or the machine's assembly.
+//! - A VM's network device holds a [`Port`], in a process [`UnixPort`], and exchanges batches of
+//!   frames with it.
+//! - [`SwitchProcess`] owns the other ends: `unix` sockets (Dunlin's VMs and QEMU guests), a
+//!   VXLAN tunnel to other switches, tap interfaces, the built-in gateway. It runs in one thread
+//!   and is told what to do by [`SwitchConfig`] and, while it runs, by [`ControlRequest`]s.
+//! - [`Switch`] decides where a frame goes. It does no I/O.
+//!
+//! A frame: device, [`UnixPort`], `unix` port, [`Switch`], queue of the egress port, its batch
+//! out. Must not depend on devices, engines or the machine's assembly.
 
 mod announce;
 mod config;
