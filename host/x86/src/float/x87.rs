@@ -219,3 +219,125 @@ fn classify(register: u128) -> u16 {
         _ => 0,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ONE: u128 = 0x3fff_8000_0000_0000_0000;
+
+    fn busy_state() -> FloatState {
+        let mut state = FloatState::default();
+        state.set_control(0x0c7f);
+        state.set_status(5 << 11 | 0x4500);
+        state.tags = 0b1110_0000;
+        state.st[0] = ONE;
+        state.st[1] = 0;
+        state.st[2] = 0x7fff_8000_0000_0000_0000;
+        state.opcode = 0x1c5;
+        state.instruction_pointer = 0x000a_bcde;
+        state.data_pointer = 0x0005_4321;
+        state
+    }
+
+    const LAYOUTS: [Layout; 4] = [
+        Layout {
+            wide: false,
+            protected: false,
+        },
+        Layout {
+            wide: false,
+            protected: true,
+        },
+        Layout {
+            wide: true,
+            protected: false,
+        },
+        Layout {
+            wide: true,
+            protected: true,
+        },
+    ];
+
+    #[test]
+    fn a_saved_state_comes_back_in_every_layout() {
+        for layout in LAYOUTS {
+            let state = busy_state();
+            let mut after = state.clone();
+            let image = after.store_all(layout);
+            assert_eq!((after.control, after.status, after.tags), (0x37f, 0, 0));
+            after.load_all(&image, layout);
+            let mut expected = state;
+            if layout.protected && !layout.wide {
+                expected.opcode = 0;
+                expected.instruction_pointer &= 0xffff;
+                expected.data_pointer &= 0xffff;
+            }
+            assert_eq!(after, expected, "{layout:?}");
+        }
+    }
+
+    #[test]
+    fn environments_are_laid_out_as_the_manual_draws_them() {
+        let image = |layout| {
+            let mut state = busy_state();
+            state.store_environment(layout)
+        };
+        let [real_16, protected_16, real_32, protected_32] = LAYOUTS.map(image);
+        let tags = 0b10_01_00_11_1111_1111_u16;
+        for image in [real_16, protected_16] {
+            assert_eq!(image[0..2], 0x0c7f_u16.to_le_bytes());
+            assert_eq!(image[2..4], 0x6d00_u16.to_le_bytes());
+            assert_eq!(image[4..6], tags.to_le_bytes());
+            assert_eq!(image[6..8], 0xbcde_u16.to_le_bytes());
+            assert_eq!(image[10..12], 0x4321_u16.to_le_bytes());
+        }
+        assert_eq!(real_16[8..10], 0xa1c5_u16.to_le_bytes());
+        assert_eq!(real_16[12..14], 0x5000_u16.to_le_bytes());
+        assert_eq!(real_32[12..16], 0x0000_bcde_u32.to_le_bytes());
+        assert_eq!(real_32[16..20], 0x0000_a1c5_u32.to_le_bytes());
+        assert_eq!(
+            protected_32[8..12],
+            (0xffff_0000 | u32::from(tags)).to_le_bytes()
+        );
+        assert_eq!(protected_32[12..16], 0x000a_bcde_u32.to_le_bytes());
+        assert_eq!(protected_32[16..20], 0x01c5_0000_u32.to_le_bytes());
+        assert_eq!(protected_32[20..24], 0x0005_4321_u32.to_le_bytes());
+    }
+
+    #[test]
+    fn mmx_registers_are_the_physical_ones() {
+        let mut state = busy_state();
+        let before: Vec<u64> = (0..8).map(|index| state.mmx_before_entry(index)).collect();
+        state.enter_mmx();
+        let after: Vec<u64> = (0..8).map(|index| state.mmx(index)).collect();
+        assert_eq!(before, after);
+        assert_eq!(after[5], ONE as u64);
+        assert_eq!((state.top(), state.tags), (0, 0xff));
+        state.leave_mmx();
+        assert_eq!(state.tags, 0);
+    }
+
+    #[test]
+    fn arithmetic_runs_on_the_guests_stack() {
+        let mut state = busy_state();
+        let place = Place {
+            instruction_pointer: 0x1000,
+            data_pointer: None,
+            opcode: 0xc0,
+        };
+        // FADD ST(0), ST(0).
+        let add = X87Routine::register(0xd8, 0xc0);
+        let outcome = state.execute_x87(add, place, &mut X87Operand::default(), 0);
+        assert!(outcome.stores);
+        assert_eq!(state.st[0], 0x4000_8000_0000_0000_0000);
+        assert_eq!(state.instruction_pointer, 0x1000);
+        assert_eq!(state.top(), 5);
+        // FDIV ST(0), ST(1): by zero, unmasked.
+        state.set_control(0x037f & !4);
+        let divide = X87Routine::register(0xd8, 0xf1);
+        state.execute_x87(divide, place, &mut X87Operand::default(), 0);
+        assert!(state.exception_pending());
+        assert_eq!(state.st[0], 0x4000_8000_0000_0000_0000);
+    }
+}

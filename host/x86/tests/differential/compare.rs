@@ -50,7 +50,7 @@ fn undefined_flags(instruction: &Instruction, input: &Machine) -> u64 {
 }
 
 /// Bits of the first operand.
-pub fn operand_size(instruction: &Instruction) -> u64 {
+pub(crate) fn operand_size(instruction: &Instruction) -> u64 {
     let bytes = match instruction.op0_kind() {
         OpKind::Register => instruction.op0_register().size(),
         _ => instruction.memory_size().size(),
@@ -74,7 +74,7 @@ fn shift_count(instruction: &Instruction, input: &Machine, size: u64) -> u64 {
 const FLAGS: u64 = ARITHMETIC | DF | NT | AC | ID;
 
 /// The first thing that differs, in words.
-pub fn difference(
+pub(crate) fn difference(
     instruction: &Instruction,
     input: &Machine,
     native: &(Machine, End),
@@ -199,7 +199,7 @@ fn float_difference(native: &[u8; 512], software: &[u8; 512]) -> Option<String> 
 }
 
 /// Little-endian bytes as a hexadecimal number.
-pub fn number(bytes: &[u8]) -> String {
+pub(crate) fn number(bytes: &[u8]) -> String {
     let digits: String = bytes
         .iter()
         .rev()

@@ -3,7 +3,7 @@
 use iced_x86::{Code, CpuidFeature, EncodingKind, Mnemonic, OpCodeOperandKind};
 
 /// What becomes of a form.
-pub enum Verdict {
+pub(crate) enum Verdict {
     Compare,
     /// The baseline does not offer it, or 64-bit user mode does not have it.
     Outside,
@@ -63,7 +63,7 @@ const WITHOUT_FORMS: &[&str] = &[
 ];
 
 /// A feature that the newest baseline promises and this table does not know.
-pub fn unknown_features() -> Vec<&'static str> {
+pub(crate) fn unknown_features() -> Vec<&'static str> {
     let known: Vec<_> = CpuidFeature::values().filter_map(offered).collect();
     let [.., newest] = dunlin_x86::cpuid::Baseline::all();
     newest
@@ -75,7 +75,7 @@ pub fn unknown_features() -> Vec<&'static str> {
 }
 
 /// Says what becomes of `code`.
-pub fn verdict(code: Code) -> Verdict {
+pub(crate) fn verdict(code: Code) -> Verdict {
     let info = code.op_code();
     if code.encoding() != EncodingKind::Legacy || !info.mode64() || !info.is_instruction() {
         return Verdict::Outside;

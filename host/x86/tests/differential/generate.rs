@@ -9,17 +9,17 @@ use crate::layout::*;
 use crate::random::Random;
 
 /// Bytes to put into the scratch memory before a case runs.
-pub struct Patch {
-    pub address: u64,
-    pub bytes: Vec<u8>,
+pub(crate) struct Patch {
+    pub(crate) address: u64,
+    pub(crate) bytes: Vec<u8>,
 }
 
 /// One instruction with its input.
-pub struct Case {
-    pub instruction: Instruction,
-    pub bytes: Vec<u8>,
-    pub input: Machine,
-    pub patches: Vec<Patch>,
+pub(crate) struct Case {
+    pub(crate) instruction: Instruction,
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) input: Machine,
+    pub(crate) patches: Vec<Patch>,
 }
 
 const RCX: usize = 1;
@@ -54,7 +54,7 @@ const BYTE_REGISTERS: [Register; 20] = [
 ];
 
 /// The generator of one form's cases.
-pub struct Generator<'a> {
+pub(crate) struct Generator<'a> {
     code: Code,
     random: &'a mut Random,
     float: bool,
@@ -69,7 +69,7 @@ struct Draft {
 }
 
 impl<'a> Generator<'a> {
-    pub fn new(code: Code, random: &'a mut Random) -> Self {
+    pub(crate) fn new(code: Code, random: &'a mut Random) -> Self {
         use CpuidFeature::*;
         let float = code.cpuid_features().iter().any(|feature| {
             matches!(
@@ -85,7 +85,7 @@ impl<'a> Generator<'a> {
     }
 
     /// An instance to be placed in `slot`; `None` when the draw has no encoding.
-    pub fn case(&mut self, slot: usize) -> Option<Case> {
+    pub(crate) fn case(&mut self, slot: usize) -> Option<Case> {
         let address = slot_address(slot);
         let mut draft = Draft {
             instruction: Instruction::new(),

@@ -43,7 +43,7 @@ const _: () = assert!(std::mem::offset_of!(Control, host_stack) as u64 == FIELDS
 const _: () = assert!(std::mem::offset_of!(Control, mxcsr) as u64 == FIELDS + 32 - CONTROL);
 
 /// The fixed mappings, of which a process has one set.
-pub struct Native {
+pub(crate) struct Native {
     code: NonNull<u8>,
 }
 
@@ -133,7 +133,7 @@ extern "C" fn on_signal(_: i32, info: *mut libc::siginfo_t, context: *mut libc::
 
 impl Native {
     /// Makes the mappings and takes the signals.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         map(CONTROL, PAGE, libc::PROT_READ | libc::PROT_WRITE, None);
         map(DATA, DATA_BYTES, libc::PROT_READ | libc::PROT_WRITE, None);
         map(STACK, STACK_BYTES, libc::PROT_READ | libc::PROT_WRITE, None);
@@ -180,13 +180,13 @@ impl Native {
     }
 
     /// The instructions, to be written. They are executed through another mapping.
-    pub fn code(&mut self) -> &mut [u8] {
+    pub(crate) fn code(&mut self) -> &mut [u8] {
         // SAFETY: the whole of the writable mapping, borrowed as `self` is.
         unsafe { std::slice::from_raw_parts_mut(self.code.as_ptr(), CODE_BYTES) }
     }
 
     /// The jump that ends an instruction well.
-    pub fn exit_jump() -> [u8; 7] {
+    pub(crate) fn exit_jump() -> [u8; 7] {
         let pointer = (FIELDS + 8) as u32;
         let mut jump = [0xff, 0x24, 0x25, 0, 0, 0, 0];
         jump[3..].copy_from_slice(&pointer.to_le_bytes());
@@ -194,7 +194,7 @@ impl Native {
     }
 
     /// Data and stack as instructions see them.
-    pub fn scratch(&mut self) -> [&mut [u8]; 2] {
+    pub(crate) fn scratch(&mut self) -> [&mut [u8]; 2] {
         // SAFETY: mapped by `new`, private to this process, and not executed on right now.
         unsafe {
             [
@@ -211,7 +211,7 @@ impl Native {
     }
 
     /// Runs the instruction at `input.rip`; `length` is that of the instruction.
-    pub fn run(&mut self, input: &Machine, length: usize) -> (Machine, End) {
+    pub(crate) fn run(&mut self, input: &Machine, length: usize) -> (Machine, End) {
         let control = control();
         // SAFETY: the control page is this struct's alone; the instruction was made by the
         // generator, which points it at the scratch memory or at pages that do not exist.

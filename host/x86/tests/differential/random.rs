@@ -1,14 +1,14 @@
 //! Random inputs: numbers that make instructions show their corners.
 
 /// SplitMix64: small, and good enough to pick inputs.
-pub struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
-    pub fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Self(seed)
     }
 
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut value = self.0;
         value = (value ^ value >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -17,21 +17,21 @@ impl Random {
     }
 
     /// Below `limit`.
-    pub fn below(&mut self, limit: u64) -> u64 {
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
         ((u128::from(self.next()) * u128::from(limit)) >> 64) as u64
     }
 
     /// True in `percent` of cases.
-    pub fn chance(&mut self, percent: u64) -> bool {
+    pub(crate) fn chance(&mut self, percent: u64) -> bool {
         self.below(100) < percent
     }
 
-    pub fn pick<T: Copy>(&mut self, choices: &[T]) -> T {
+    pub(crate) fn pick<T: Copy>(&mut self, choices: &[T]) -> T {
         choices[self.below(choices.len() as u64) as usize]
     }
 
     /// An integer: often near a border of some width, or small.
-    pub fn integer(&mut self) -> u64 {
+    pub(crate) fn integer(&mut self) -> u64 {
         match self.below(8) {
             0 => self.below(256).wrapping_sub(128),
             1 => {
@@ -46,7 +46,7 @@ impl Random {
     }
 
     /// The bits of a single-precision number.
-    pub fn single(&mut self) -> u32 {
+    pub(crate) fn single(&mut self) -> u32 {
         let sign = (self.next() as u32) & 1 << 31;
         let mantissa = self.next() as u32 & 0x7f_ffff;
         sign | match self.below(12) {
@@ -65,7 +65,7 @@ impl Random {
     }
 
     /// The bits of a double-precision number.
-    pub fn double(&mut self) -> u64 {
+    pub(crate) fn double(&mut self) -> u64 {
         let sign = self.next() & 1 << 63;
         let mantissa = self.next() & ((1 << 52) - 1);
         sign | match self.below(13) {
@@ -87,7 +87,7 @@ impl Random {
     }
 
     /// The bits of a double-extended number, well formed or not.
-    pub fn extended(&mut self) -> u128 {
+    pub(crate) fn extended(&mut self) -> u128 {
         let sign = u128::from(self.next() & 1) << 79;
         let one = 1_u64 << 63;
         let fraction = self.next() >> 1;
@@ -120,7 +120,7 @@ impl Random {
     }
 
     /// A 128-bit operand: integers, numbers of either precision, or text.
-    pub fn vector(&mut self) -> u128 {
+    pub(crate) fn vector(&mut self) -> u128 {
         let pair = |low: u64, high: u64| u128::from(low) | u128::from(high) << 64;
         match self.below(10) {
             0..=2 => (0..4).fold(0, |value, _| value << 32 | u128::from(self.single())),

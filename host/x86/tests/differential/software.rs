@@ -23,23 +23,23 @@ use crate::layout::*;
 
 /// Page frames of the software CPU's memory.
 mod frame {
-    pub const ROOT: usize = 1;
-    pub const LOW_DIRECTORIES: usize = 2;
-    pub const LOW_DIRECTORY: usize = 3;
-    pub const CODE_TABLE: usize = 4;
-    pub const DATA_TABLE: usize = 5;
-    pub const HIGH_DIRECTORIES: usize = 6;
-    pub const HIGH_DIRECTORY: usize = 7;
-    pub const HIGH_TABLE: usize = 8;
-    pub const GDT: usize = 9;
-    pub const IDT: usize = 10;
-    pub const TASK: usize = 11;
-    pub const STACK: usize = 12;
-    pub const HANDLERS: usize = 13;
-    pub const USER_CODE: usize = 16;
-    pub const USER_DATA: usize = 32;
-    pub const USER_STACK: usize = 34;
-    pub const COUNT: usize = 35;
+    pub(crate) const ROOT: usize = 1;
+    pub(crate) const LOW_DIRECTORIES: usize = 2;
+    pub(crate) const LOW_DIRECTORY: usize = 3;
+    pub(crate) const CODE_TABLE: usize = 4;
+    pub(crate) const DATA_TABLE: usize = 5;
+    pub(crate) const HIGH_DIRECTORIES: usize = 6;
+    pub(crate) const HIGH_DIRECTORY: usize = 7;
+    pub(crate) const HIGH_TABLE: usize = 8;
+    pub(crate) const GDT: usize = 9;
+    pub(crate) const IDT: usize = 10;
+    pub(crate) const TASK: usize = 11;
+    pub(crate) const STACK: usize = 12;
+    pub(crate) const HANDLERS: usize = 13;
+    pub(crate) const USER_CODE: usize = 16;
+    pub(crate) const USER_DATA: usize = 32;
+    pub(crate) const USER_STACK: usize = 34;
+    pub(crate) const COUNT: usize = 35;
 }
 
 /// Where the kernel's pages are: page frame number times page size above it.
@@ -126,7 +126,7 @@ impl InterruptRouter for NoRouter {
 }
 
 /// The software CPU with its memory.
-pub struct Software {
+pub(crate) struct Software {
     ram: Arc<Ram>,
     cpu: Cpu,
     clock: Arc<GuestClock>,
@@ -160,7 +160,7 @@ fn processor(ram: &Arc<Ram>, clock: &Arc<GuestClock>) -> Cpu {
 }
 
 impl Software {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let ram = Arc::new(Ram::new());
         page_tables(&ram);
         descriptors(&ram);
@@ -176,7 +176,7 @@ impl Software {
     }
 
     /// Replaces the instructions. The processor is made anew, and with it what it had decoded.
-    pub fn set_code(&mut self, code: &[u8]) {
+    pub(crate) fn set_code(&mut self, code: &[u8]) {
         self.ram
             .bytes(frame::USER_CODE, CODE_BYTES / PAGE)
             .copy_from_slice(code);
@@ -184,14 +184,14 @@ impl Software {
     }
 
     /// Data and stack.
-    pub fn scratch(&mut self) -> [&mut [u8]; 2] {
+    pub(crate) fn scratch(&mut self) -> [&mut [u8]; 2] {
         let both = self.ram.bytes(frame::USER_DATA, 3);
         let (data, stack) = both.split_at_mut(DATA_BYTES);
         [data, stack]
     }
 
     /// Runs from `input.rip` to the next exception.
-    pub fn run(&mut self, input: &Machine) -> (Machine, End) {
+    pub(crate) fn run(&mut self, input: &Machine) -> (Machine, End) {
         let state = &mut self.state;
         state.gpr = input.gpr;
         state.rip = input.rip;
