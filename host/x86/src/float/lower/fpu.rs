@@ -165,7 +165,7 @@ fn check_fxsave(cpu: &mut Cpu, op: &Op) -> Result {
 fn image_bytes(cpu: &Cpu) -> usize {
     if cpu.cr4 & CR4_OSFXSR == 0 {
         160
-    } else if cpu.is_64bit() {
+    } else if cpu.is_64_bit() {
         416
     } else {
         288
