@@ -225,6 +225,20 @@ impl Lowering {
         Flow::Continues
     }
 
+    /// The slot of the segment base. In 64-bit mode prefixes other than FS and GS mean nothing.
+    fn segment(&self, instruction: &Instruction, base: Register) -> u8 {
+        let named = instruction.memory_segment();
+        let effective = match (self.mode, named, base) {
+            (_, Register::FS | Register::GS, _) => named,
+            (Mode::Bits64, _, Register::RSP | Register::RBP | Register::ESP | Register::EBP) => {
+                Register::SS
+            }
+            (Mode::Bits64, _, _) => Register::DS,
+            _ => named,
+        };
+        slot::SEGMENT + segment::index_of(effective) as u8
+    }
+
     /// Describes the memory operand in `op`; where the address wraps or is checked, an operation
     /// before it works it out.
     fn memory(&mut self, instruction: &Instruction, operand: u32, op: &mut Op) {
@@ -260,7 +274,7 @@ impl Lowering {
         };
         recipe.scale = instruction.memory_index_scale().trailing_zeros() as u8;
         recipe.disp = displacement;
-        recipe.seg = slot::SEGMENT + segment::index_of(instruction.memory_segment()) as u8;
+        recipe.seg = self.segment(instruction, base);
         if self.mode == Mode::Bits64 && bytes != 4 {
             op.base = recipe.base;
             op.index = recipe.index;

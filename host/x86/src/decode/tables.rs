@@ -527,7 +527,9 @@ impl Lowering {
             };
         op.imm = match (register, self.mode) {
             (false, _) => i.immediate(1),
-            (true, Mode::Bits64) => u64::MAX,
+            (true, Mode::Bits64) if i.memory_base().size() != 4 && i.memory_index().size() != 4 => {
+                u64::MAX
+            }
             (true, _) => 0xffff_ffff,
         };
         self.push(i, op)

@@ -274,34 +274,28 @@ pub(crate) fn enter(cpu: &mut Cpu, _op: &Op, instruction: &Instruction) -> Resul
     let level = u64::from(instruction.immediate8_2nd()) & 31;
     let top = cpu.rsp();
     let frame = top.wrapping_sub(size) & mask;
-    let mut values = vec![cpu.slot(slot::RBP)];
-    for index in 1..level {
-        let at = cpu.slot(slot::RBP).wrapping_sub(size * index) & mask;
-        let address = cpu.stack_address(at, size, false)?;
-        values.push(cpu.load_sized(address, size)?);
-    }
-    if level > 0 {
-        values.push(frame);
-    }
+    let pushes = if level > 0 { level + 1 } else { 1 };
+    let push_at = |index: u64| top.wrapping_sub(size * (index + 1)) & mask;
+    let outer_at = |cpu: &Cpu, index: u64| cpu.slot(slot::RBP).wrapping_sub(size * index) & mask;
     let local = u64::from(instruction.immediate16());
-    let rsp = top
-        .wrapping_sub(size * values.len() as u64)
-        .wrapping_sub(local)
-        & mask;
+    let rsp = top.wrapping_sub(size * pushes).wrapping_sub(local) & mask;
+    // One push after another: an outer frame may lie where this one comes. What was pushed before a
+    // fault stays; the registers do not change.
+    for index in 0..pushes {
+        let value = if index == 0 {
+            cpu.slot(slot::RBP)
+        } else if index < level {
+            let outer = cpu.stack_address(outer_at(cpu, index), size, false)?;
+            cpu.load_sized(outer, size)?
+        } else {
+            frame
+        };
+        let address = cpu.stack_address(push_at(index), size, true)?;
+        cpu.store_sized(address, size, value)?;
+    }
     // The new stack pointer must be writable, too.
     let last = cpu.stack_address(rsp, size, true)?;
     cpu.check_writable(last, size, slot::SS)?;
-    for pass in 0..2 {
-        for (index, value) in values.iter().enumerate() {
-            let at = top.wrapping_sub(size * (index as u64 + 1)) & mask;
-            let address = cpu.stack_address(at, size, true)?;
-            if pass == 0 {
-                cpu.check_writable(address, size, slot::SS)?;
-            } else {
-                cpu.store_sized(address, size, *value)?;
-            }
-        }
-    }
     cpu.set_reg_sized(slot::RBP, size, frame);
     cpu.set_stack_pointer(rsp);
     Ok(())

@@ -15,7 +15,7 @@ mod string;
 mod vector;
 mod x87;
 
-pub(crate) use lower::{Lowered, lower};
+pub(crate) use lower::lower;
 pub use state::{
     FXSAVE_BYTES, FloatState, FloatStateError, MXCSR_MASK, XCR0_SUPPORTED, XSAVE_BYTES, XSAVE_SSE,
     XSAVE_X87,

@@ -167,6 +167,7 @@ impl FloatState {
         self.summarise();
     }
 
+    #[cfg(test)]
     pub(crate) fn set_status(&mut self, value: u16) {
         self.status = value;
         self.summarise();

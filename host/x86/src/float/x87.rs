@@ -284,7 +284,7 @@ mod tests {
             state.store_environment(layout)
         };
         let [real_16, protected_16, real_32, protected_32] = LAYOUTS.map(image);
-        let tags = 0b10_01_00_11_1111_1111_u16;
+        let tags = 0b1001_0011_1111_1111_u16;
         for image in [real_16, protected_16] {
             assert_eq!(image[0..2], 0x0c7f_u16.to_le_bytes());
             assert_eq!(image[2..4], 0x6d00_u16.to_le_bytes());

@@ -131,6 +131,17 @@ fn exclusion(code: Code) -> Option<&'static str> {
     ) {
         return Some("descriptor tables are the host's own");
     }
+    if matches!(
+        code,
+        Code::Reservednop_rm16_r16_0F0D
+            | Code::Reservednop_rm32_r32_0F0D
+            | Code::Reservednop_rm64_r64_0F0D
+    ) {
+        return Some("prefetch of a register: vendors differ");
+    }
+    if matches!(code, Code::Ud0) {
+        return Some("a form that the decoder gives only to old processors");
+    }
     Some(match code.mnemonic() {
         Mov if code.is_privileged() => "privileged: faults in user mode whatever the operands",
         Lss | Lfs | Lgs | Lar | Lsl | Verr | Verw => "descriptor tables are the host's own",

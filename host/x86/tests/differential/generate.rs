@@ -102,6 +102,9 @@ impl<'a> Generator<'a> {
         self.prefixes(&mut draft.instruction);
         self.special(&mut draft);
         self.memory(&mut draft);
+        if undefined_shift(&draft) {
+            return None;
+        }
         let mut encoder = Encoder::new(64);
         let length = encoder.encode(&draft.instruction, address).ok()?;
         let bytes = encoder.take_buffer();
@@ -480,6 +483,18 @@ impl<'a> Generator<'a> {
         }
         address
     }
+}
+
+/// SHLD and SHRD by more than the operand's size have no defined result.
+fn undefined_shift(draft: &Draft) -> bool {
+    let instruction = &draft.instruction;
+    let count = match instruction.op2_kind() {
+        OpKind::Immediate8 => instruction.immediate8().into(),
+        _ => draft.input.gpr[RCX],
+    };
+    matches!(instruction.mnemonic(), Mnemonic::Shld | Mnemonic::Shrd)
+        && instruction.op1_register().size() == 2
+        && count & 31 > 16
 }
 
 /// Bytes of a displacement and its value.

@@ -39,9 +39,6 @@ pub(crate) const DATA_BYTES: usize = 0x2000;
 pub(crate) const STACK: u64 = 0x1030_0000;
 pub(crate) const STACK_BYTES: usize = 0x1000;
 
-/// Everything that instructions may change, as one run of bytes.
-pub(crate) const SCRATCH_BYTES: usize = DATA_BYTES + STACK_BYTES;
-
 /// A page's bytes.
 pub(crate) const PAGE: usize = 0x1000;
 

@@ -262,7 +262,6 @@ fn report(case: &Case, difference: &str) -> String {
 }
 
 #[test]
-#[ignore = "the software CPU does not run yet"]
 fn every_offered_form_does_what_the_host_does() {
     let wanted = variable("DUNLIN_DIFF_CASES", 1000);
     let seed = variable("DUNLIN_DIFF_SEED", SEED);

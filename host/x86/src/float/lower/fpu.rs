@@ -5,12 +5,13 @@ use iced_x86::{Code, Instruction, Mnemonic, OpCodeTableKind, OpKind};
 use super::{Lowered, immediate, is_register};
 use crate::cpu::Cpu;
 use crate::cpu::control::{CR0_EM, CR0_TS, CR4_OSFXSR};
-use crate::exec::Result;
 use crate::exec::flags::{Flags, OF};
 use crate::exec::op::{Handler, Op, slot, straight};
+use crate::exec::{Exception, Result};
 use crate::float::host::{X87Operand, X87Routine};
 use crate::float::state::{FXSAVE_BYTES, MXCSR_MASK};
 use crate::float::x87::{Layout, Place};
+use crate::mmu::is_canonical;
 
 pub(super) fn lower(instruction: &Instruction) -> Option<Lowered> {
     let handler = control(instruction)
@@ -145,10 +146,10 @@ fn store<const WIDE: bool, const ALL: bool>() -> Handler {
 fn save(instruction: &Instruction) -> Option<Handler> {
     use Code::*;
     Some(match instruction.code() {
-        Fxsave_m512byte => straight(|cpu, op| fxsave::<false>(cpu, op)),
-        Fxsave64_m512byte => straight(|cpu, op| fxsave::<true>(cpu, op)),
-        Fxrstor_m512byte => straight(|cpu, op| fxrstor::<false>(cpu, op)),
-        Fxrstor64_m512byte => straight(|cpu, op| fxrstor::<true>(cpu, op)),
+        Fxsave_m512byte => straight(fxsave::<false>),
+        Fxsave64_m512byte => straight(fxsave::<true>),
+        Fxrstor_m512byte => straight(fxrstor::<false>),
+        Fxrstor64_m512byte => straight(fxrstor::<true>),
         _ => return None,
     })
 }
@@ -156,6 +157,10 @@ fn save(instruction: &Instruction) -> Option<Handler> {
 fn check_fxsave(cpu: &mut Cpu, op: &Op) -> Result {
     if cpu.cr0 & (CR0_EM | CR0_TS) != 0 {
         return Err(cpu.device_not_available());
+    }
+    // Here, unlike elsewhere, the stack segment's fault comes before that of alignment.
+    if op.seg == slot::SS && !is_canonical(cpu.ea(op)) {
+        return Err(cpu.raise(Exception::StackFault(0)));
     }
     cpu.check_aligned(op, 16)
 }

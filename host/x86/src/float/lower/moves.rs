@@ -3,10 +3,10 @@
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use super::from::{M32, M64, M128, M128_UNALIGNED, MMX, R32, R64, XMM};
-use super::{check_mmx, is_register, mm_from, set_xmm, source, xmm, xmm_from, xmm_xmmm};
+use super::{check_mmx, is_register, mm_from, set_xmm, xmm, xmm_from, xmm_xmmm};
 use crate::cpu::Cpu;
 use crate::exec::Result;
-use crate::exec::op::{Handler, Op, slot, straight};
+use crate::exec::op::{Handler, Op, straight};
 use crate::float::integer::{sign_mask, sign_mask_bytes};
 use crate::float::shuffle::{self, extract, insert};
 

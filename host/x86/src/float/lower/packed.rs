@@ -175,7 +175,7 @@ fn shuffles(instruction: &Instruction) -> Option<Handler> {
         // The register form takes the lane that bits 6-7 name.
         Mnemonic::Insertps if super::is_register(instruction, 1) => {
             xmm_from::<{ super::from::XMM }>(|a, b, control| {
-                shuffle::insertps(a, b >> (control >> 6) * 32, control)
+                shuffle::insertps(a, b >> ((control >> 6) * 32), control)
             })
         }
         Mnemonic::Insertps => xmm_from::<M32>(shuffle::insertps),
