@@ -71,6 +71,14 @@ impl Bus {
         self.write_lock().remove(&start);
     }
 
+    /// Takes away all devices. A bridge sits on the bus that it routes to, so without this neither
+    /// it nor what is behind it would ever be dropped.
+    pub fn clear(&self) {
+        // Dropped after the lock is released: a device's end may take its time.
+        let ranges = std::mem::take(&mut *self.write_lock());
+        drop(ranges);
+    }
+
     /// A load. Returns false, with `data` all ones, when no device decodes the whole access.
     pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
         match self.find(address, data.len()) {
@@ -147,6 +155,15 @@ mod tests {
             assert!(!bus.read(address, &mut data), "{address:#x}");
             assert_eq!(data, [0xff; 4]);
         }
+    }
+
+    #[test]
+    fn a_cleared_bus_lets_its_devices_go() {
+        let (bus, device) = (Bus::new(), Arc::new(Echo));
+        bus.insert(0x10, 8, device.clone()).unwrap();
+        bus.clear();
+        assert_eq!(Arc::strong_count(&device), 1);
+        assert!(!bus.read(0x10, &mut [0]));
     }
 
     #[test]

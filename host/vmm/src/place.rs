@@ -2,7 +2,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
@@ -83,9 +83,7 @@ impl ClaimedPlace {
         if fs::metadata(&pid_file).map_or(0, |file| file.ino()) != ours {
             return Err(PlaceError::Taken { name: name.clone() });
         }
-        for stale in [place.api_socket(), place.console_socket()] {
-            remove(&stale)?;
-        }
+        remove_sockets(place.directory());
         pid.set_len(0).map_err(failed("write"))?;
         writeln!(pid, "{}", std::process::id()).map_err(failed("write"))?;
         Ok(Self { place, _pid: pid })
@@ -128,14 +126,10 @@ impl ClaimedPlace {
 
 impl Drop for ClaimedPlace {
     fn drop(&mut self) {
-        // Sockets first, the locked file last, so that nobody claims a folder in between.
         let place = &self.place;
-        for path in [
-            place.api_socket(),
-            place.console_socket(),
-            place.log_file(),
-            place.pid_file(),
-        ] {
+        remove_sockets(place.directory());
+        // The locked file last, so that nobody claims the folder in between.
+        for path in [place.log_file(), place.pid_file()] {
             let _absent = fs::remove_file(path);
         }
         // Not empty when something else lies there, which is not ours to remove.
@@ -143,14 +137,13 @@ impl Drop for ClaimedPlace {
     }
 }
 
-fn remove(path: &Path) -> Result<(), PlaceError> {
-    match fs::remove_file(path) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(PlaceError::Host {
-            action: "remove",
-            path: path.to_owned(),
-            source,
-        }),
-        _ => Ok(()),
+/// Removes the sockets in a folder: ours at the end, a dead process's at the beginning. One that
+/// cannot be removed shows when it is made anew.
+fn remove_sockets(directory: &Path) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_socket()) {
+            let _stays = fs::remove_file(entry.path());
+        }
     }
 }
 

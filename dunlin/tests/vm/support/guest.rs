@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// Prints `hello` and switches itself off by ACPI.
-pub fn hello() -> Vec<u8> {
+pub(crate) fn hello() -> Vec<u8> {
     let mut code = Vec::new();
     for byte in b"hello\n" {
         code.extend(out_byte(0x3f8, *byte));
@@ -14,7 +14,7 @@ pub fn hello() -> Vec<u8> {
 }
 
 /// Prints the letters from `b` on, round and round, from a counter in memory.
-pub fn letters() -> Vec<u8> {
+pub(crate) fn letters() -> Vec<u8> {
     vec![
         0xff, 0x05, 0, 0, 0x20, 0, // inc dword [0x200000]
         0xa1, 0, 0, 0x20, 0, // mov eax, [0x200000]
@@ -32,7 +32,7 @@ pub fn letters() -> Vec<u8> {
 }
 
 /// Prints `R` and resets itself by ACPI.
-pub fn reboots() -> Vec<u8> {
+pub(crate) fn reboots() -> Vec<u8> {
     let mut code = out_byte(0x3f8, b'R');
     code.extend(out_byte(0x602, 1));
     code.extend(halt());
@@ -40,7 +40,7 @@ pub fn reboots() -> Vec<u8> {
 }
 
 /// Loads an empty interrupt table and divides by zero: a triple fault.
-pub fn crashes() -> Vec<u8> {
+pub(crate) fn crashes() -> Vec<u8> {
     let mut code = vec![0x0f, 0x01, 0x1d, 0, 0, 0x20, 0]; // lidt [0x200000], which holds zeros
     code.extend([0x0f, 0x0b]); // ud2
     code
@@ -56,7 +56,7 @@ fn halt() -> Vec<u8> {
 }
 
 /// Writes `code` as a kernel.
-pub fn kernel(folder: &Path, code: &[u8]) -> PathBuf {
+pub(crate) fn kernel(folder: &Path, code: &[u8]) -> PathBuf {
     const LOAD: u64 = 0x10_0000;
     const HEADERS: u64 = 64 + 2 * 56;
     const NOTE: u64 = 20;

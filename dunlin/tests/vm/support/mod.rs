@@ -1,6 +1,6 @@
 //! Drives the binary as a user does, in a runtime directory of its own.
 
-pub mod guest;
+pub(crate) mod guest;
 
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::net::UnixStream;
@@ -14,28 +14,28 @@ use serde_json::Value;
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// A runtime directory and what runs in it.
-pub struct Bed {
+pub(crate) struct Bed {
     folder: tempfile::TempDir,
     children: Vec<Child>,
 }
 
 impl Bed {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             folder: tempfile::tempdir().unwrap(),
             children: Vec::new(),
         }
     }
 
-    pub fn folder(&self) -> &Path {
+    pub(crate) fn folder(&self) -> &Path {
         self.folder.path()
     }
 
-    pub fn runtime(&self) -> PathBuf {
+    pub(crate) fn runtime(&self) -> PathBuf {
         self.folder().join("run")
     }
 
-    pub fn command(&self, arguments: &[&str]) -> Command {
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_dunlin"));
         command
             .args(arguments)
@@ -45,12 +45,12 @@ impl Bed {
     }
 
     /// Runs a command to its end.
-    pub fn output(&self, arguments: &[&str]) -> Output {
+    pub(crate) fn output(&self, arguments: &[&str]) -> Output {
         self.command(arguments).output().unwrap()
     }
 
     /// Runs a command that must succeed; its one JSON object.
-    pub fn json(&self, arguments: &[&str]) -> Value {
+    pub(crate) fn json(&self, arguments: &[&str]) -> Value {
         let output = self.command(arguments).arg("--json").output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout);
         assert!(
@@ -62,7 +62,7 @@ impl Bed {
     }
 
     /// Runs a command that must fail; what it said on standard error.
-    pub fn fails(&self, arguments: &[&str]) -> String {
+    pub(crate) fn fails(&self, arguments: &[&str]) -> String {
         let output = self.output(arguments);
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(
@@ -74,7 +74,7 @@ impl Bed {
     }
 
     /// Starts a VM that goes on by itself.
-    pub fn run(&self, name: &str, code: &[u8], more: &[&str]) -> Value {
+    pub(crate) fn run(&self, name: &str, code: &[u8], more: &[&str]) -> Value {
         let kernel = guest::kernel(self.folder(), code);
         let mut arguments = vec![
             "run",
@@ -95,7 +95,7 @@ impl Bed {
     }
 
     /// Starts `receive` and waits until it listens; where.
-    pub fn receive(&mut self, more: &[&str]) -> String {
+    pub(crate) fn receive(&mut self, more: &[&str]) -> String {
         let mut arguments = vec!["receive", "--listen", "tcp://127.0.0.1:0"];
         arguments.extend(more);
         let mut child = self
@@ -116,7 +116,7 @@ impl Bed {
     }
 
     /// Attaches to a console.
-    pub fn console(&self, name: &str) -> Console {
+    pub(crate) fn console(&self, name: &str) -> Console {
         let socket = self.runtime().join(name).join("console.sock");
         let stream = UnixStream::connect(&socket).unwrap();
         stream.set_read_timeout(Some(LIMIT)).unwrap();
@@ -127,12 +127,12 @@ impl Bed {
     }
 
     /// Nothing is left in the runtime directory.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         std::fs::read_dir(self.runtime()).is_ok_and(|mut entries| entries.next().is_none())
     }
 
     /// Waits until nothing is left in the runtime directory.
-    pub fn wait_until_empty(&self) {
+    pub(crate) fn wait_until_empty(&self) {
         let end = Instant::now() + LIMIT;
         while !self.is_empty() {
             assert!(
@@ -163,14 +163,14 @@ impl Drop for Bed {
 }
 
 /// A reader of a console.
-pub struct Console {
+pub(crate) struct Console {
     stream: UnixStream,
     text: String,
 }
 
 impl Console {
     /// All that was read so far, at least `count` bytes.
-    pub fn at_least(&mut self, count: usize) -> &str {
+    pub(crate) fn at_least(&mut self, count: usize) -> &str {
         let mut buffer = [0; 4096];
         while self.text.len() < count {
             let read = self.stream.read(&mut buffer).unwrap();
@@ -182,7 +182,7 @@ impl Console {
     }
 
     /// Reads to the end.
-    pub fn rest(mut self) -> String {
+    pub(crate) fn rest(mut self) -> String {
         let mut bytes = Vec::new();
         self.stream.read_to_end(&mut bytes).unwrap();
         self.text.push_str(&String::from_utf8_lossy(&bytes));
@@ -191,7 +191,7 @@ impl Console {
 }
 
 /// Do the letters follow each other without a gap?
-pub fn assert_no_gap(text: &str) {
+pub(crate) fn assert_no_gap(text: &str) {
     for pair in text.as_bytes().windows(2) {
         let expected = (pair[0] - b'a' + 1) % 26 + b'a';
         assert_eq!(pair[1], expected, "gap in {text}");
@@ -199,7 +199,7 @@ pub fn assert_no_gap(text: &str) {
 }
 
 /// The engine to test; `DUNLIN_TEST_ENGINE` names another one.
-pub fn engine() -> &'static str {
+pub(crate) fn engine() -> &'static str {
     match std::env::var("DUNLIN_TEST_ENGINE").as_deref() {
         Ok("kvm") => "kvm",
         _ => "soft",

@@ -126,6 +126,7 @@ pub(crate) fn assemble(blueprint: &Blueprint) -> Result<Machine, AssemblyError> 
         vm,
         components,
         locks,
+        buses: chipset.buses,
     })
 }
 

@@ -32,7 +32,7 @@ pub(crate) use assembly::{Blueprint, assemble};
 pub use entry::BootError;
 pub use saved::StateError;
 pub use vcpu::VcpuError;
-use vcpu::VcpuThread;
+use vcpu::{Buses, VcpuThread};
 
 /// Why a machine could not be stopped or go on.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +56,7 @@ pub(crate) struct Machine {
     vm: Arc<dyn Vm>,
     components: Vec<Arc<dyn Component>>,
     locks: Vec<ImageLock>,
+    buses: Buses,
 }
 
 /// What a pause does with the locks of disks.
@@ -158,6 +159,15 @@ impl Machine {
     }
 }
 
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // Processors first: nobody must look for a device that is gone.
+        self.vcpus.clear();
+        self.buses.ports.clear();
+        self.buses.mmio.clear();
+    }
+}
+
 /// The kernel gives the lock back at the latest when the process ends, so a refusal is no more
 /// than worth a line.
 fn release(lock: &ImageLock) {
@@ -165,3 +175,6 @@ fn release(lock: &ImageLock) {
         tracing::warn!(disk = %lock.path().display(), %error, "disk stays locked");
     }
 }
+
+#[cfg(test)]
+mod tests;
