@@ -18,7 +18,9 @@ pub const LEGACY_HOLE_END: u64 = 0x10_0000;
 /// The ACPI tables, the root pointer first; where PC firmware has it too.
 pub const ACPI_TABLES_START: u64 = 0xe_0000;
 /// Bytes for the ACPI tables.
-pub const ACPI_TABLES_SIZE: u64 = LEGACY_HOLE_END - ACPI_TABLES_START;
+pub const ACPI_TABLES_SIZE: u64 = RESET_VECTOR - ACPI_TABLES_START;
+/// Where a guest jumps in real mode (f000:fff0) to have the firmware restart the machine.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// First guest physical address above low RAM: RAM beyond it continues at [`HIGH_RAM_START`].
 pub const LOW_RAM_END: u64 = 0xc000_0000;
 /// Where RAM that does not fit below [`LOW_RAM_END`] continues.

@@ -6,6 +6,10 @@
 //!               └─► MCFG           where ECAM lies
 //! ```
 //!
+//! With hardware-reduced ACPI, Linux expects EFI to restart the machine, and without EFI it jumps
+//! to the reset vector of a PC's firmware rather than try the reset register. So the reset vector
+//! gets the few instructions that write that register.
+//!
 //! The tables are written into guest memory once, at [`layout::ACPI_TABLES_START`], and are guest
 //! memory from then on: a migration moves them with it.
 
@@ -55,7 +59,7 @@ pub enum AcpiError {
     Memory(#[source] vm_memory::GuestMemoryError),
 }
 
-/// Writes the tables of a machine with `cpus` processors, whose local APIC IDs count from 0.
+/// Writes the tables and the reset vector of a machine with `cpus` processors, whose local APIC IDs count from 0.
 /// Returns the address of the root pointer (RSDP).
 ///
 /// # Errors
@@ -83,11 +87,31 @@ pub fn build(memory: &Memory, cpus: u32) -> Result<GuestAddress, AcpiError> {
     if size > layout::ACPI_TABLES_SIZE {
         return Err(AcpiError::TooLarge { size });
     }
-    memory
-        .mapping()
-        .write_slice(&tables.bytes, GuestAddress(rsdp))
-        .map_err(AcpiError::Memory)?;
+    let write = |bytes: &[u8], address| {
+        let written = memory.mapping().write_slice(bytes, GuestAddress(address));
+        written.map_err(AcpiError::Memory)
+    };
+    write(&tables.bytes, rsdp)?;
+    write(&reset_code(), layout::RESET_VECTOR)?;
     Ok(GuestAddress(rsdp))
+}
+
+/// Real-mode code that writes the reset register and then waits.
+fn reset_code() -> [u8; 9] {
+    let [low, high] = (layout::POWER_PORT + power::register::RESET).to_le_bytes();
+    let (move_to_al, move_to_dx, out_dx_al) = (0xb0, 0xba, 0xee);
+    let (halt, jump_short, to_halt) = (0xf4, 0xeb, 0xfd);
+    [
+        move_to_al,
+        power::RESET_VALUE,
+        move_to_dx,
+        low,
+        high,
+        out_dx_al,
+        halt,
+        jump_short,
+        to_halt,
+    ]
 }
 
 /// The image of the tables, from [`layout::ACPI_TABLES_START`] on.

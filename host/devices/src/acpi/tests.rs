@@ -102,6 +102,17 @@ fn every_processor_and_the_io_apic_are_listed() {
 }
 
 #[test]
+fn the_reset_vector_writes_the_reset_register() {
+    let (memory, _) = built(1);
+    let mut code = [0; 9];
+    let vector = GuestAddress(0xf_fff0);
+    memory.mapping().read_slice(&mut code, vector).unwrap();
+    // mov al, 1; mov dx, 0x602; out dx, al; hlt; jmp to the hlt
+    let expected = [0xb0, 1, 0xba, 0x02, 0x06, 0xee, 0xf4, 0xeb, 0xfd];
+    assert_eq!(code, expected);
+}
+
+#[test]
 fn ecam_is_where_the_root_complex_has_it() {
     let (_, image) = built(1);
     let mcfg = find(&image, b"MCFG");
