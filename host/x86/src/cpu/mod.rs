@@ -10,6 +10,8 @@ mod convert;
 mod device;
 mod mode;
 mod run;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 use std::time::Duration;
