@@ -2,8 +2,9 @@
 //!
 //! A guest never sees "the host" but a [`Baseline`] with a name, the same on every host and engine,
 //! so that it can move between them. The baselines present themselves as an AMD processor of
-//! family 0x12 with round features: kernels know it as 64-bit, as free of Meltdown and L1TF (which
-//! a host must be that offers it by KVM), and read no family-specific registers on it.
+//! family 0x12 with round features: kernels know it as 64-bit and as free of Meltdown, L1TF, MDS
+//! and Retbleed (which a host must be that offers it by KVM: the probe lists what it is not), and
+//! touch only a handful of AMD's configuration registers on it, which read 0 and ignore writes.
 
 /// Guest physical address bits: covers the address map, and any host has as many.
 pub const PHYSICAL_BITS: u32 = 40;

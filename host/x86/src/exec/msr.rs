@@ -40,6 +40,8 @@ const TSC_AUX: u32 = 0xc000_0103;
 const SYSCFG: u32 = 0xc001_0010;
 /// AMD's hardware configuration.
 const HWCR: u32 = 0xc001_0015;
+/// AMD's north bridge configuration: Linux switches on extended PCI configuration cycles by it.
+const NB_CFG: u32 = 0xc001_001f;
 /// AMD's patch level is [`BIOS_SIGNATURE`]; this is its decode configuration.
 const DE_CFG: u32 = 0xc001_1029;
 
@@ -74,7 +76,7 @@ fn read(cpu: &mut Cpu, index: u32) -> Result<u64> {
         TSC => cpu.tsc(),
         TSC_ADJUST => msrs.tsc_adjust,
         PLATFORM_ID | BIOS_SIGNATURE | MCG_CAP | MCG_STATUS | MTRR_CAP => 0,
-        SYSCFG | HWCR | DE_CFG => 0,
+        SYSCFG | HWCR | NB_CFG | DE_CFG => 0,
         SYSENTER_CS => msrs.sysenter_cs,
         SYSENTER_ESP => msrs.sysenter_esp,
         SYSENTER_EIP => msrs.sysenter_eip,
@@ -122,14 +124,13 @@ fn write(cpu: &mut Cpu, index: u32, value: u64) -> Result {
         SYSENTER_CS => cpu.msrs.sysenter_cs = value & 0xffff_ffff,
         SYSENTER_ESP => cpu.msrs.sysenter_esp = canonical(cpu, value)?,
         SYSENTER_EIP => cpu.msrs.sysenter_eip = canonical(cpu, value)?,
-        BIOS_SIGNATURE | MISC_ENABLE | MTRR_DEF_TYPE | MCG_STATUS | SYSCFG | HWCR | DE_CFG => {
-            match index {
-                MISC_ENABLE => cpu.msrs.misc_enable = value,
-                MTRR_DEF_TYPE if value & !0xcff == 0 => cpu.msrs.mtrr_def_type = value,
-                MTRR_DEF_TYPE => return Err(cpu.general_protection(0)),
-                _ => {}
-            }
-        }
+        BIOS_SIGNATURE | MISC_ENABLE | MTRR_DEF_TYPE | MCG_STATUS | SYSCFG | HWCR | NB_CFG
+        | DE_CFG => match index {
+            MISC_ENABLE => cpu.msrs.misc_enable = value,
+            MTRR_DEF_TYPE if value & !0xcff == 0 => cpu.msrs.mtrr_def_type = value,
+            MTRR_DEF_TYPE => return Err(cpu.general_protection(0)),
+            _ => {}
+        },
         PAT => {
             if !is_pat(value) {
                 return Err(cpu.general_protection(0));
