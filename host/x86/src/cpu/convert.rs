@@ -71,9 +71,8 @@ impl Cpu {
     pub fn set_state(&mut self, state: &CpuState) -> Result<(), StateError> {
         check(state)?;
         let float = FloatState::from_xsave(&state.xsave)?;
-        // The local APIC checks before it changes anything; what follows cannot fail but for the
-        // frequency, which is checked first.
         let clock = &self.config.clock;
+        let before = clock.read();
         let offset = state.msrs.tsc_adjust;
         clock.resume(&ClockReading {
             tsc: state.tsc.wrapping_sub(offset),
@@ -83,7 +82,11 @@ impl Cpu {
         })?;
         self.apic.set_tsc_khz(state.tsc_khz);
         let now = clock.tsc().wrapping_add(offset);
-        self.apic.set_state(&state.apic, now)?;
+        if let Err(refused) = self.apic.set_state(&state.apic, now) {
+            self.apic.set_tsc_khz(before.tsc_khz);
+            clock.resume(&before)?;
+            return Err(refused.into());
+        }
         self.tsc_offset = offset;
         self.float = float;
         self.regs = [0; 32];

@@ -103,7 +103,8 @@ impl Cpu {
     pub(crate) fn device_read(&mut self, address: u64, size: u8) -> Result<u64> {
         if self.apic_page == Some(address & !0xfff) {
             let offset = address as u32 & 0xfff;
-            let word = self.apic.read_mmio(offset & !3, self.config.clock.tsc());
+            let now = self.tsc();
+            let word = self.apic.read_mmio(offset & !3, now);
             self.apic_changed();
             return Ok(u64::from(word) >> (8 * (offset & 3)));
         }
@@ -113,7 +114,7 @@ impl Cpu {
     /// Writes physical address space that is not RAM.
     pub(crate) fn device_write(&mut self, address: u64, size: u8, value: u64) -> Result {
         if self.apic_page == Some(address & !0xfff) {
-            let now = self.config.clock.tsc();
+            let now = self.tsc();
             let ended = self
                 .apic
                 .write_mmio(address as u32 & 0xfff, value as u32, now);
@@ -139,7 +140,7 @@ impl Cpu {
         if vector.is_some() {
             self.ended = vector;
         }
-        self.attention = true;
+        self.budget = 0;
     }
 
     /// The local APIC's registers may have changed.
@@ -150,6 +151,6 @@ impl Cpu {
             self.apic_page = page;
             self.tlb.flush();
         }
-        self.attention = true;
+        self.budget = 0;
     }
 }

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 pub use api::{CpuConfig, StateError, Stop};
 
-use crate::decode::{BlockCache, Mode};
+use crate::decode::{Block, BlockCache, Mode};
 use crate::exec::Exception;
 use crate::exec::flags::Flags;
 use crate::exec::op::{At, Exit};
@@ -42,17 +42,21 @@ pub(crate) enum AbortReason {
 }
 
 /// One logical processor, owned by its thread.
+#[repr(C)]
 pub struct Cpu {
     /// General registers, and what else operations address like one; see `exec::op::slot`.
     pub(crate) regs: [u64; 32],
     pub(crate) flags: Flags,
     pub(crate) rip: u64,
+    /// Blocks until something is looked at between them; 0 where that is due.
+    pub(crate) budget: u32,
+    /// The block that runs.
+    current: *const Block,
+    instructions: u64,
     pub(crate) tlb: Tlb,
-    pub(crate) float: FloatState,
+    pub(crate) mailbox: Arc<Mailbox>,
     /// RFLAGS without the arithmetic flags.
     pub(crate) system_flags: u64,
-    /// Something must be looked at between blocks.
-    pub(crate) attention: bool,
     /// The next instruction runs before any interrupt is taken (STI, MOV SS).
     pub(crate) shadow: bool,
     /// The instruction at hand is run by itself: it may change the code around it.
@@ -62,7 +66,7 @@ pub struct Cpu {
     pub(crate) abort: AbortReason,
     abort_at: At,
     pub(crate) blocks: BlockCache,
-    instructions: u64,
+    pub(crate) float: FloatState,
 
     pub(crate) segments: [Segment; 6],
     pub(crate) tr: Segment,
@@ -96,7 +100,6 @@ pub struct Cpu {
     replay: Replay,
     /// `CodeMap::pages_added` when the TLB last gave up its write entries.
     pages_added: u32,
-    pub(crate) mailbox: Arc<Mailbox>,
     pub(crate) memory: Arc<dyn PhysicalMemory>,
     pub(crate) config: CpuConfig,
 }
@@ -138,7 +141,8 @@ impl Cpu {
             tlb: Tlb::new(),
             float: FloatState::power_up(),
             system_flags: 0,
-            attention: true,
+            budget: 0,
+            current: std::ptr::null(),
             shadow: false,
             alone: false,
             cpl: 0,

@@ -88,7 +88,7 @@ impl Cpu {
         self.replay.clear();
         self.flush_tlb();
         self.refresh_mode();
-        self.attention = true;
+        self.budget = 0;
     }
 
     /// A start-up IPI arrives.

@@ -8,8 +8,8 @@ use crate::exec::op::{At, Exit, slot};
 use crate::exec::{Abort, Exception, Result};
 use crate::state::Activity;
 
-/// Blocks between two looks at the clock.
-const BLOCKS: u32 = 1024;
+/// Blocks between two looks at the mailbox and the clock: some microseconds.
+const BLOCKS: u32 = 512;
 /// DR6: a single step.
 const DR6_SINGLE_STEP: u64 = 1 << 14;
 const NMI: u8 = 2;
@@ -17,6 +17,7 @@ const NMI: u8 = 2;
 impl Cpu {
     /// Runs until something needs the machine.
     pub fn run(&mut self) -> Stop {
+        self.budget = 0;
         if !self.replay.is_empty()
             && let Some(stop) = self.run_alone()
         {
@@ -44,40 +45,75 @@ impl Cpu {
             Ok(block) => block,
             Err(Abort) => return self.fetch_failed(),
         };
-        for _ in 0..BLOCKS {
-            self.regs[usize::from(slot::RIP)] = self.rip;
-            let first = At::first(&block.ops);
-            let exit = (first.get().handler)(self, first);
+        loop {
+            let exit = self.enter(block);
+            let block_left = self.current_block();
             let link = match exit {
-                Exit::Abort => return self.after_abort(block),
+                Exit::Abort => return self.after_abort(block_left),
                 Exit::Next => None,
                 Exit::Taken => Some(0),
                 Exit::FallThrough => Some(1),
             };
-            self.instructions += u64::from(block.instructions);
-            if self.attention || self.mailbox.has_events() {
-                self.attention = true;
+            if self.budget == 0 {
                 return None;
             }
-            block = match self.successor(block, link) {
+            self.budget -= 1;
+            block = match self.successor(block_left, link) {
                 Ok(block) => block,
                 Err(Abort) => return self.fetch_failed(),
             };
         }
-        self.attention = true;
-        None
+    }
+
+    /// Runs a block, and those that it leads to without a look in between.
+    #[inline(always)]
+    fn enter(&mut self, block: &'static Block) -> Exit {
+        self.current = block;
+        self.regs[usize::from(slot::RIP)] = self.rip;
+        self.instructions += u64::from(block.instructions);
+        let first = At::first(&block.ops);
+        (first.get().handler)(self, first)
+    }
+
+    /// The block that runs, or ran last.
+    #[inline(always)]
+    fn current_block(&self) -> &'static Block {
+        // SAFETY: set by `enter`, and blocks live until `collect`, which only `run_blocks` calls,
+        // before it enters one; or they are the single one, which lives until the next single one.
+        #[expect(unsafe_code, reason = "blocks are chained by pointer")]
+        unsafe {
+            &*self.current
+        }
+    }
+
+    /// A block has ended: goes on with the next one where that is known, or leaves it to the
+    /// loop. Unoptimised builds always do: there the calls would nest without end.
+    #[inline(always)]
+    pub(crate) fn chain(&mut self, exit: Exit) -> Exit {
+        if cfg!(debug_assertions) || self.budget == 0 {
+            return exit;
+        }
+        let next = match exit {
+            Exit::Taken => self.current_block().link(0),
+            Exit::FallThrough => self.current_block().link(1),
+            Exit::Next => self.blocks.jump(self.linear_rip()),
+            Exit::Abort => None,
+        };
+        match next {
+            Some(next) => {
+                self.budget -= 1;
+                self.enter(next)
+            }
+            None => exit,
+        }
     }
 
     /// The block that follows: by its link, by its address, or by a look into the page.
     #[inline(always)]
     fn successor(&mut self, block: &'static Block, link: Option<usize>) -> Result<&'static Block> {
         if let Some(link) = link {
-            let known = block.links[link].get();
-            if !known.is_null() {
-                // SAFETY: links lead to blocks of the same page, which are dropped together, and
-                // dropped blocks live on until `collect`, which this loop does not call.
-                #[expect(unsafe_code, reason = "blocks are chained by pointer")]
-                return Ok(unsafe { &*known });
+            if let Some(next) = block.link(link) {
+                return Ok(next);
             }
             let next = self.find_block()?;
             if block.frame.is_some() && block.frame == next.frame {
@@ -94,7 +130,7 @@ impl Cpu {
     /// The instruction at `rip` could not be fetched.
     #[cold]
     fn fetch_failed(&mut self) -> Option<Stop> {
-        self.attention = true;
+        self.budget = 0;
         match self.abort {
             AbortReason::Exception(exception) => self.deliver_exception(exception),
             AbortReason::Stop(stop) => Some(stop),
@@ -119,7 +155,10 @@ impl Cpu {
         if at.offset != last {
             done += 1;
         }
-        self.instructions += done;
+        self.instructions = self
+            .instructions
+            .wrapping_sub(u64::from(block.instructions))
+            .wrapping_add(done);
         let rip = self.slot(slot::RIP).wrapping_add(at.offset.into());
         self.rip = if self.is_64_bit() {
             rip
@@ -127,7 +166,7 @@ impl Cpu {
             rip & 0xffff_ffff
         };
         self.replay.rewind();
-        self.attention = true;
+        self.budget = 0;
         match self.abort {
             AbortReason::Exception(exception) => {
                 self.replay.clear();
@@ -148,11 +187,10 @@ impl Cpu {
             Err(Abort) => return self.fetch_failed(),
         };
         self.alone = true;
-        self.regs[usize::from(slot::RIP)] = self.rip;
-        let first = At::first(&block.ops);
-        let exit = (first.get().handler)(self, first);
+        self.budget = 0;
+        let exit = self.enter(block);
         self.alone = false;
-        self.attention = true;
+        self.budget = 0;
         if exit == Exit::Abort {
             if matches!(self.abort, AbortReason::Stop(_) | AbortReason::Alone) {
                 // The instruction is still to be done, in the same circumstances.
@@ -165,7 +203,6 @@ impl Cpu {
             return self.after_abort(block);
         }
         self.replay.clear();
-        self.instructions += 1;
         self.system_flags &= !RF;
         if stepping {
             return self.deliver_exception(Exception::Debug(DR6_SINGLE_STEP));
@@ -175,15 +212,16 @@ impl Cpu {
 
     /// Looks at everything that may happen between instructions.
     fn between(&mut self) -> Option<Stop> {
-        if !std::mem::take(&mut self.attention) {
+        if self.budget != 0 {
             return None;
         }
+        self.budget = BLOCKS;
         if self.config.code.pages_added() != self.pages_added {
             self.pages_added = self.config.code.pages_added();
             self.tlb.withhold_writes();
         }
         if let Some(vector) = self.ended.take() {
-            self.attention = true;
+            self.budget = 0;
             return Some(Stop::EndOfInterrupt { vector });
         }
         if self.mailbox.has_events()
@@ -197,7 +235,7 @@ impl Cpu {
             self.deadline = self.apic.next_deadline_tsc().unwrap_or(u64::MAX);
         }
         if self.activity == Activity::WaitForSipi {
-            self.attention = true;
+            self.budget = 0;
             return Some(Stop::Halted);
         }
         if self.shadow {
@@ -217,7 +255,7 @@ impl Cpu {
             return self.deliver(vector, Source::Event, None);
         }
         if self.activity == Activity::Halted {
-            self.attention = true;
+            self.budget = 0;
             return Some(Stop::Halted);
         }
         None
@@ -240,7 +278,7 @@ impl Cpu {
             self.start_up(vector);
         }
         if posted.kick {
-            self.attention = true;
+            self.budget = 0;
             return Some(Stop::Kicked);
         }
         None
@@ -310,7 +348,7 @@ impl Cpu {
     /// IRET lets NMIs in again.
     pub(crate) fn unmask_nmi(&mut self) {
         self.nmi_masked = false;
-        self.attention = true;
+        self.budget = 0;
         self.synchronise_code();
     }
 }

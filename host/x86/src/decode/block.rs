@@ -28,6 +28,19 @@ pub(crate) struct Block {
     pub(crate) links: [Cell<*const Block>; 2],
 }
 
+impl Block {
+    /// The block that a link leads to.
+    #[inline(always)]
+    pub(crate) fn link(&self, link: usize) -> Option<&'static Block> {
+        // SAFETY: links lead to blocks of the same page, which are dropped together, and dropped
+        // blocks live on until no block runs.
+        #[expect(unsafe_code, reason = "blocks are chained by pointer")]
+        unsafe {
+            self.links[link].get().as_ref()
+        }
+    }
+}
+
 /// The decoded code of a physical page.
 #[derive(Debug)]
 pub(crate) struct CodePage {

@@ -320,7 +320,7 @@ fn sysret(cpu: &mut Cpu, mnemonic: Mnemonic) -> Result {
         cpu.set_rflags(rflags);
     } else {
         cpu.system_flags |= IF;
-        cpu.attention = true;
+        cpu.budget = 0;
     }
     cpu.rip = rcx & 0xffff_ffff;
     cpu.segments[segment::SS] = stack;

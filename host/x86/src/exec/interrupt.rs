@@ -31,7 +31,7 @@ impl Cpu {
     pub(crate) fn set_rflags(&mut self, value: u64) {
         self.flags = Flags::from_rflags(value);
         self.system_flags = value & flags::ALL & !flags::ARITHMETIC;
-        self.attention = true;
+        self.budget = 0;
     }
 
     /// Delivers `vector`; `Cpu::rip` is where the handler will return to.
@@ -97,7 +97,7 @@ impl Cpu {
             self.system_flags &= !IF;
         }
         self.rip = gate.offset;
-        self.attention = true;
+        self.budget = 0;
         Ok(())
     }
 
@@ -271,7 +271,7 @@ impl Cpu {
         self.system_flags &= !(IF | TF | AC | RF);
         self.set_real_segment(segment::CS, (target >> 16) as u16);
         self.rip = u64::from(target & 0xffff);
-        self.attention = true;
+        self.budget = 0;
         Ok(())
     }
 }

@@ -133,10 +133,13 @@ impl Cpu {
     /// The linear address of the memory operand.
     #[inline(always)]
     pub(crate) fn ea(&self, op: &Op) -> u64 {
-        self.slot(op.base)
-            .wrapping_add(self.slot(op.index) << (op.scale & 3))
+        // SAFETY: `base`, `index` and `seg` are below 32: the lowering sets them, from `slot`'s
+        // constants and from the numbers of address registers, and nothing else does.
+        let slot = |number: u8| unsafe { *self.regs.get_unchecked(usize::from(number)) };
+        slot(op.base)
+            .wrapping_add(slot(op.index).wrapping_shl(op.scale.into()))
             .wrapping_add(op.disp as u64)
-            .wrapping_add(self.slot(op.seg))
+            .wrapping_add(slot(op.seg))
     }
 
     /// The memory operand's offset in its segment (LEA).

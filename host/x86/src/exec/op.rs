@@ -158,7 +158,7 @@ where
     F: Fn(&mut Cpu, At) -> Result<Exit> + Copy + 'static,
 {
     |cpu, at| match conjure::<F>()(cpu, at) {
-        Ok(exit) => exit,
+        Ok(exit) => cpu.chain(exit),
         Err(Abort) => cpu.aborted(at),
     }
 }

@@ -264,7 +264,7 @@ pub(crate) fn mov_to(cpu: &mut Cpu, op: &Op, instruction: &Instruction) -> Resul
     cpu.load_segment(index, selector)?;
     if index == segment::SS {
         cpu.shadow = true;
-        cpu.attention = true;
+        cpu.budget = 0;
     }
     Ok(())
 }
@@ -299,7 +299,7 @@ pub(crate) fn pop(cpu: &mut Cpu, _op: &Op, instruction: &Instruction) -> Result 
     cpu.set_stack_pointer(rsp);
     if index == segment::SS {
         cpu.shadow = true;
-        cpu.attention = true;
+        cpu.budget = 0;
     }
     Ok(())
 }

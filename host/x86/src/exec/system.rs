@@ -132,7 +132,7 @@ pub(crate) fn mov_control(cpu: &mut Cpu, op: &Op, instruction: &Instruction) -> 
                 if cpu.apic.set_cr8(value).is_err() {
                     return Err(cpu.general_protection(0));
                 }
-                cpu.attention = true;
+                cpu.budget = 0;
             }
             _ => return Err(cpu.undefined()),
         }
@@ -355,7 +355,9 @@ pub(crate) fn fence(_cpu: &mut Cpu, _op: &Op, _instruction: &Instruction) -> Res
 /// PAUSE.
 pub(crate) fn pause(cpu: &mut Cpu, _op: &Op, _instruction: &Instruction) -> Result {
     std::hint::spin_loop();
-    cpu.attention |= cpu.mailbox.has_events();
+    if cpu.mailbox.has_events() {
+        cpu.budget = 0;
+    }
     Ok(())
 }
 
@@ -363,7 +365,7 @@ pub(crate) fn pause(cpu: &mut Cpu, _op: &Op, _instruction: &Instruction) -> Resu
 pub(crate) fn halt(cpu: &mut Cpu, _op: &Op, _instruction: &Instruction) -> Result {
     cpu.check_supervisor()?;
     cpu.activity = Activity::Halted;
-    cpu.attention = true;
+    cpu.budget = 0;
     Ok(())
 }
 
@@ -377,7 +379,7 @@ pub(crate) fn interrupt_flag(cpu: &mut Cpu, _op: &Op, instruction: &Instruction)
     if cpu.system_flags & IF == 0 {
         cpu.system_flags |= IF;
         cpu.shadow = true;
-        cpu.attention = true;
+        cpu.budget = 0;
     }
     Ok(())
 }

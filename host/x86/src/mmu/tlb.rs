@@ -88,32 +88,35 @@ pub(crate) struct Tlb {
     is_local: Box<[bool; 2 * ENTRIES]>,
     /// There may be entries of large pages in the lower and in the upper half.
     large: [bool; 2],
-    /// Where the entries for the current privilege begin.
-    base: usize,
+    /// The entries for the current privilege.
+    current: *const Entry,
 }
 
 impl Tlb {
     pub(crate) fn new() -> Self {
-        Self {
-            entries: Box::new([Entry::empty(); 2 * ENTRIES]),
+        let entries = Box::new([Entry::empty(); 2 * ENTRIES]);
+        let mut tlb = Self {
+            entries,
             local: Vec::with_capacity(2 * ENTRIES),
             is_local: Box::new([false; 2 * ENTRIES]),
             large: [false; 2],
-            base: 0,
-        }
+            current: std::ptr::null(),
+        };
+        tlb.set_privilege(Privilege::Supervisor);
+        tlb
     }
 
     pub(crate) fn set_privilege(&mut self, privilege: Privilege) {
-        self.base = privilege as usize * ENTRIES;
+        self.current = self.entries[privilege as usize * ENTRIES..].as_ptr();
     }
 
     /// The entry that may serve `address` for the current privilege.
     #[inline(always)]
     pub(crate) fn entry(&self, address: u64) -> Entry {
-        // SAFETY: the index is below ENTRIES, the base is 0 or ENTRIES.
+        // SAFETY: `current` points to ENTRIES entries of the box, and the index is below that.
         #[expect(unsafe_code, reason = "the innermost look-up of every memory access")]
         unsafe {
-            *self.entries.get_unchecked(self.base + index(address))
+            *self.current.add(index(address))
         }
     }
 

@@ -112,7 +112,7 @@ fn what_a_device_wrote_counts_when_its_page_is_entered_anew() {
     let mut state = machine.cpu.state();
     state.activity = crate::state::Activity::Running;
     machine.cpu.activity = crate::state::Activity::Running;
-    machine.cpu.attention = true;
+    machine.cpu.budget = 0;
     assert_eq!(machine.halt().gpr[gpr::RBX], 6);
 }
 
