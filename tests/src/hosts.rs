@@ -254,8 +254,8 @@ impl Host {
         }
         self.commands.clear();
         for pid in self.machine_pids() {
-            // SAFETY: sending a signal touches no memory; the process locked this testbed's own
-            // pid file a moment ago.
+            // SAFETY: sending a signal touches no memory; the process has this testbed's own
+            // runtime folder in its environment.
             #[expect(unsafe_code, reason = "std cannot signal a process that is no child")]
             unsafe {
                 libc::kill(pid, libc::SIGKILL);
@@ -263,17 +263,23 @@ impl Host {
         }
     }
 
-    /// Process ids of the VMs that run here.
+    /// Process ids of the VMs that run or are about to run here: every `dunlin` with this host's
+    /// runtime folder in its environment, the switch excepted.
     pub fn machine_pids(&self) -> Vec<libc::pid_t> {
-        let Ok(folders) = fs::read_dir(self.folder.join("run")) else {
+        let wanted = format!("DUNLIN_RUNTIME_DIR={}", self.folder.join("run").display());
+        let switch = self.switch.as_ref().map(Guard::id);
+        let Ok(processes) = fs::read_dir("/proc") else {
             return Vec::new();
         };
-        folders
-            .filter_map(|folder| {
-                let file = folder.ok()?.path().join("pid");
-                let pid = fs::read_to_string(file).ok()?.trim().parse().ok()?;
-                let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
-                name.starts_with("dunlin").then_some(pid)
+        processes
+            .filter_map(|process| {
+                let process = process.ok()?.path();
+                let pid: u32 = process.file_name()?.to_str()?.parse().ok()?;
+                let environment = fs::read(process.join("environ")).ok()?;
+                let ours = environment
+                    .split(|&byte| byte == 0)
+                    .any(|variable| variable == wanted.as_bytes());
+                (ours && Some(pid) != switch).then_some(pid as libc::pid_t)
             })
             .collect()
     }
