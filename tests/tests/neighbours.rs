@@ -104,11 +104,12 @@ fn a_qemu_guest_and_a_dunlin_guest_exchange_pings_and_a_stream() {
     assert!(output.contains("5 packets received"), "{output}");
 
     let (_, expected) = run(&mut there, "md5sum < /bin/busybox");
-    run(
-        &mut there,
-        "nc -l -p 5001 < /bin/busybox > /dev/null 2>&1 &",
+    let (status, output) = run(&mut there, "httpd -p 5001 -h /bin");
+    assert_eq!(status, 0, "{output}");
+    let (status, received) = run(
+        &mut here,
+        "wget -q -O /tmp/received http://10.0.2.16:5001/busybox; md5sum < /tmp/received",
     );
-    let (status, received) = run(&mut here, "sleep 1; nc 10.0.2.16 5001 < /dev/null | md5sum");
     assert_eq!(status, 0);
     assert_eq!(received, expected, "the stream was damaged");
 }
