@@ -119,7 +119,7 @@ fn a_store_across_pages_writes_nothing_when_the_second_is_missing() {
         a.mov(rax, -1i64 as u64).unwrap();
         a.mov(qword_ptr(DATA + 0xffc), rax).unwrap();
     });
-    machine.ram.set(PT + (DATA + 0x1000 >> 12) * 8, 0);
+    machine.ram.set(PT + ((DATA + 0x1000) >> 12) * 8, 0);
     let frame = machine.fault(14);
     assert_eq!(frame[0], 2);
     assert_eq!(machine.cpu.state().cr2, DATA + 0x1000);
@@ -138,7 +138,7 @@ fn accesses_across_pages_join_their_halves() {
     // The two pages are not neighbours in physical memory.
     machine
         .ram
-        .set(PT + (DATA + 0x1000 >> 12) * 8, (DATA + 0x8000) | 7);
+        .set(PT + ((DATA + 0x1000) >> 12) * 8, (DATA + 0x8000) | 7);
     let state = machine.halt();
     assert_eq!(state.gpr[gpr::RBX], 0x1122_3344_5566_7788);
     assert_eq!(

@@ -6,7 +6,7 @@ use iced_x86::code_asm::*;
 
 #[test]
 fn real_mode_leads_to_64_bit_mode() {
-    let mut machine = Machine::reset(0);
+    let machine = Machine::reset(0);
     machine.lay_tables();
     let real = assemble(16, 0x8000, |a| {
         a.lgdt(fword_ptr(0x9000)).unwrap();
@@ -175,7 +175,7 @@ fn a_segment_ends_at_its_limit() {
 
 #[test]
 fn sixteen_bit_code_wraps_its_addresses() {
-    let mut machine = Machine::reset(0);
+    let machine = Machine::reset(0);
     // MOV BX, 0xffff; MOV AL, [BX+0x11]; PUSHA; POPA; LOOP $; HLT.
     machine.ram.write(
         0x8000,
@@ -197,7 +197,7 @@ fn sixteen_bit_code_wraps_its_addresses() {
 
 #[test]
 fn real_mode_interrupts_go_through_the_vector_table() {
-    let mut machine = Machine::reset(0);
+    let machine = Machine::reset(0);
     machine.ram.write(0x8000, &[0xcd, 0x21, 0xf4]);
     // The handler: INC CX; IRET.
     machine.ram.write(0x9000, &[0x41, 0xcf]);
