@@ -88,6 +88,8 @@ pub struct Cpu {
     tsc_offset: u64,
     pub(crate) kvmclock: KvmClock,
     pub(crate) activity: Activity,
+    /// PAUSE instructions.
+    pub(crate) pauses: u32,
     nmi_pending: bool,
     nmi_masked: bool,
     /// A level-triggered interrupt ended, and the machine has not been told.
@@ -168,6 +170,7 @@ impl Cpu {
             tsc_offset: 0,
             kvmclock: KvmClock::new(),
             activity: Activity::Running,
+            pauses: 0,
             nmi_pending: false,
             nmi_masked: false,
             ended: None,

@@ -40,6 +40,9 @@ impl Cpu {
 
     /// Runs blocks until something must be looked at between them.
     fn run_blocks(&mut self) -> Option<Stop> {
+        if self.blocks.is_full() {
+            self.drop_all_code();
+        }
         self.blocks.collect();
         let mut block = match self.find_block() {
             Ok(block) => block,

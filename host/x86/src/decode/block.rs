@@ -51,13 +51,13 @@ pub(crate) struct CodePage {
     /// Lines that hold decoded code.
     pub(crate) lines: u64,
     /// The page's counter in the code map when it was last known to be true.
-    pub(crate) count: u32,
+    pub(crate) count: u64,
     /// By offset and mode.
     pub(crate) blocks: HashMap<u16, Box<Block>, Hasher>,
 }
 
 impl CodePage {
-    pub(crate) fn new(frame: u64, ram: RamPage, count: u32) -> Self {
+    pub(crate) fn new(frame: u64, ram: RamPage, count: u64) -> Self {
         Self {
             frame,
             ram,

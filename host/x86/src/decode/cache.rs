@@ -13,6 +13,11 @@ use crate::mmu::{Access, PAGE_OFFSET, is_canonical};
 
 const JUMPS: usize = 1 << 13;
 const FETCHES: usize = 256;
+/// Operations beyond which all code is dropped, so that a guest cannot fill the host's memory by
+/// executing all of its own. A kernel's boot decodes half a million.
+const MOST_OPERATIONS: usize = 4_000_000;
+/// What a page costs, in operations.
+const PAGE_COST: usize = 200;
 /// Longest instruction.
 const MAX_BYTES: usize = 15;
 
@@ -66,6 +71,8 @@ pub(crate) struct BlockCache {
     evicted: [bool; 2],
     /// Code in the upper half whose translation is not global.
     local_upper: bool,
+    /// Operations decoded since all code was last dropped, pages included.
+    size: usize,
     /// Blocks that were dropped while one of them may have been running.
     #[expect(clippy::vec_box, reason = "links and jumps point to them")]
     dropped: Vec<Box<Block>>,
@@ -94,6 +101,7 @@ impl BlockCache {
             generation: [1; 2],
             evicted: [false; 2],
             local_upper: false,
+            size: 0,
             dropped: Vec::new(),
             young: Vec::new(),
             stores: 0,
@@ -170,15 +178,16 @@ impl BlockCache {
     }
 
     /// This processor has stored to a page that holds code; `count` is the page's counter since.
-    pub(crate) fn stored(&mut self, frame: u64, count: u32) {
+    pub(crate) fn stored(&mut self, frame: u64, count: u64) {
         if let Some(page) = self.pages.get_mut(&frame)
-            && page.count.wrapping_add(2) == count
+            && page.count.wrapping_add(1) == count
         {
             page.count = count;
         }
         self.stores = self.stores.wrapping_add(1);
     }
 
+    /// Drops the code of a page, which stays known.
     fn clear_page(&mut self, frame: u64) {
         if let Some(page) = self.pages.get_mut(&frame) {
             page.lines = 0;
@@ -186,6 +195,22 @@ impl BlockCache {
                 .extend(page.blocks.drain().map(|(_, block)| block));
             self.forget_jumps([true; 2]);
         }
+    }
+
+    /// Forgets a page; false when it was not known.
+    fn remove_page(&mut self, frame: u64) -> bool {
+        self.clear_page(frame);
+        for fetch in self.fetches.iter_mut().flatten() {
+            if fetch.frame == frame {
+                *fetch = NO_FETCH;
+            }
+        }
+        self.pages.remove(&frame).is_some()
+    }
+
+    /// Is there more decoded code than is good for the host?
+    pub(crate) fn is_full(&self) -> bool {
+        self.size > MOST_OPERATIONS
     }
 }
 
@@ -219,6 +244,7 @@ impl Cpu {
                 }
                 return Err(self.undefined());
             };
+            self.blocks.size += block.ops.len();
             block.frame = Some(fetch.frame);
             code.lines |= CodePage::lines_of(offset.into(), block.bytes.into());
             code.blocks.insert(key, Box::new(block));
@@ -272,6 +298,7 @@ impl Cpu {
                 len: block.bytes.into(),
                 block: Box::new(block),
             };
+            self.blocks.size += PAGE_COST;
             if let Some(old) = self.blocks.spanning.insert(key, spanning) {
                 self.blocks.dropped.push(old.block);
             }
@@ -369,6 +396,7 @@ impl Cpu {
             }
             return pointer;
         }
+        self.blocks.size += PAGE_COST;
         let count = self.config.code.add(frame);
         self.tlb.withhold_writes_to(ram.host);
         self.blocks.young.push((frame, 8));
@@ -405,7 +433,7 @@ impl Cpu {
                 return Err(Abort);
             }
         }
-        self.blocks.clear_page(frame);
+        self.release_page(frame);
         Ok(())
     }
 
@@ -414,13 +442,13 @@ impl Cpu {
         let stores = self.config.code.stores();
         if stores != self.blocks.stores {
             self.blocks.stores = stores;
-            let changed: Vec<(u64, u32)> = self
+            let changed: Vec<(u64, u64)> = self
                 .blocks
                 .pages
                 .values()
-                .map(|page| (page.frame, page.count))
-                .filter(|(frame, count)| self.config.code.count(*frame) != *count)
-                .map(|(frame, _)| (frame, self.config.code.count(frame)))
+                .map(|page| (page.frame, page.count, self.config.code.count(page.frame)))
+                .filter(|(_, known, count)| known != count)
+                .map(|(frame, _, count)| (frame, count))
                 .collect();
             for (frame, count) in changed {
                 self.verify_page(frame);
@@ -440,6 +468,24 @@ impl Cpu {
         }
     }
 
+    /// Drops a page's code; stores to it are quick again once no other processor holds any.
+    fn release_page(&mut self, frame: u64) {
+        if self.blocks.remove_page(frame) {
+            self.config.code.release(frame);
+        }
+    }
+
+    /// Drops all code. No block may be running.
+    pub(crate) fn drop_all_code(&mut self) {
+        let frames: Vec<u64> = self.blocks.pages.keys().copied().collect();
+        for frame in frames {
+            self.release_page(frame);
+        }
+        self.blocks.spanning.clear();
+        self.blocks.size = 0;
+        self.blocks.collect();
+    }
+
     fn verify_page(&mut self, frame: u64) {
         if self
             .blocks
@@ -447,7 +493,7 @@ impl Cpu {
             .get(&frame)
             .is_some_and(|page| !page.is_true())
         {
-            self.blocks.clear_page(frame);
+            self.release_page(frame);
         }
     }
 }

@@ -352,8 +352,14 @@ pub(crate) fn fence(_cpu: &mut Cpu, _op: &Op, _instruction: &Instruction) -> Res
     Ok(())
 }
 
-/// PAUSE.
+/// PAUSE. Who spins for long gives the host's processor away: the one that is waited for may have
+/// none.
 pub(crate) fn pause(cpu: &mut Cpu, _op: &Op, _instruction: &Instruction) -> Result {
+    const SPINS: u32 = 512;
+    cpu.pauses = cpu.pauses.wrapping_add(1);
+    if cpu.pauses.is_multiple_of(SPINS) {
+        std::thread::yield_now();
+    }
     std::hint::spin_loop();
     if cpu.mailbox.has_events() {
         cpu.budget = 0;

@@ -1,20 +1,24 @@
 //! Which physical pages hold code that some processor of the VM has decoded.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 const SLOTS: usize = 1 << 16;
-const CODE: u32 = 1;
+/// One processor that holds decoded code of the page.
+const HOLDER: u64 = 1;
+/// One store that hit the page while somebody held it.
+const STORE: u64 = 1 << 24;
+const HOLDERS: u64 = STORE - 1;
 
-/// One counter a page (pages that share one only cost time): odd once the page holds code, and
-/// two more for each store that hit it since. A processor that stores to such a page counts it up
-/// instead of entering the page in its TLB for writing; a processor that executes compares at
-/// every serialising moment. See [`super`] for how that keeps decoded code true.
+/// How many processors hold decoded code of each page, and how many stores have hit it meanwhile
+/// (pages that share a counter only cost time). A processor that stores to such a page counts the
+/// store instead of entering the page in its TLB for writing; one that executes compares the
+/// counts at every serialising moment. The overview of the `mmu` module has the whole protocol.
 #[derive(Debug)]
 pub struct CodeMap {
-    pages: Box<[AtomicU32]>,
+    pages: Box<[AtomicU64]>,
     /// Counts stores to pages that hold code.
     stores: AtomicU32,
-    /// Counts pages that came to hold code.
+    /// Counts the times that a page came to hold code.
     pages_added: AtomicU32,
 }
 
@@ -28,43 +32,43 @@ impl CodeMap {
     /// No page holds code.
     pub fn new() -> Self {
         Self {
-            pages: (0..SLOTS).map(|_| AtomicU32::new(0)).collect(),
+            pages: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
             stores: AtomicU32::new(0),
             pages_added: AtomicU32::new(0),
         }
     }
 
-    fn page(&self, frame: u64) -> &AtomicU32 {
+    fn page(&self, frame: u64) -> &AtomicU64 {
         &self.pages[(frame ^ frame >> 16) as usize % SLOTS]
     }
 
-    /// The page comes to hold code. Returns its counter.
-    pub(crate) fn add(&self, frame: u64) -> u32 {
-        let before = self.page(frame).fetch_or(CODE, Ordering::AcqRel);
-        if before & CODE == 0 {
-            self.pages_added.fetch_add(1, Ordering::AcqRel);
-        }
-        before | CODE
+    /// A processor comes to hold code of the page. Returns the stores so far.
+    pub(crate) fn add(&self, frame: u64) -> u64 {
+        let before = self.page(frame).fetch_add(HOLDER, Ordering::AcqRel);
+        self.pages_added.fetch_add(1, Ordering::AcqRel);
+        before / STORE
     }
 
-    /// Does the page hold code, as far as any processor has decoded any?
+    /// A processor has dropped its code of the page.
+    pub(crate) fn release(&self, frame: u64) {
+        self.page(frame).fetch_sub(HOLDER, Ordering::AcqRel);
+    }
+
+    /// Does any processor hold code of the page?
     pub(crate) fn holds_code(&self, frame: u64) -> bool {
-        self.page(frame).load(Ordering::Acquire) & CODE != 0
+        self.page(frame).load(Ordering::Acquire) & HOLDERS != 0
     }
 
-    /// A store has hit a page that holds code.
-    pub(crate) fn stored(&self, frame: u64) -> u32 {
-        let count = self
-            .page(frame)
-            .fetch_add(2, Ordering::AcqRel)
-            .wrapping_add(2);
+    /// A store has hit a page that holds code. Returns the stores so far.
+    pub(crate) fn stored(&self, frame: u64) -> u64 {
+        let before = self.page(frame).fetch_add(STORE, Ordering::AcqRel);
         self.stores.fetch_add(1, Ordering::AcqRel);
-        count
+        before.wrapping_add(STORE) / STORE
     }
 
-    /// The page's counter.
-    pub(crate) fn count(&self, frame: u64) -> u32 {
-        self.page(frame).load(Ordering::Acquire)
+    /// The stores that have hit the page.
+    pub(crate) fn count(&self, frame: u64) -> u64 {
+        self.page(frame).load(Ordering::Acquire) / STORE
     }
 
     /// Stores to code by any processor.
@@ -72,7 +76,7 @@ impl CodeMap {
         self.stores.load(Ordering::Acquire)
     }
 
-    /// Pages that came to hold code.
+    /// How often a page came to hold code.
     #[inline(always)]
     pub(crate) fn pages_added(&self) -> u32 {
         self.pages_added.load(Ordering::Relaxed)

@@ -8,7 +8,8 @@
 //! at their next look at the [`CodeMap`], at block borders. Stores by other processors are seen by
 //! their count in the map at serialising moments (interrupts, IRET, CR writes, CPUID, INVLPG);
 //! stores by devices when the page is entered for execution (its code is compared with what was
-//! decoded), which every mapping of a freshly read page leads through.
+//! decoded), which every mapping of a freshly read page leads through. A store that hits decoded
+//! code drops that of its whole page, and the page may be written quickly again.
 
 mod access;
 mod code_map;

@@ -130,3 +130,19 @@ fn data_beside_code_does_not_disturb_it() {
     machine.halt();
     assert_eq!(machine.ram.get(CODE + 0xf00), 1000);
 }
+
+#[test]
+fn a_page_whose_code_was_overwritten_is_plain_memory_again() {
+    let mut machine = Machine::assembled(|a| {
+        a.call(DATA).unwrap();
+        a.hlt().unwrap();
+        a.mov(dword_ptr(DATA), 0).unwrap();
+        a.hlt().unwrap();
+    });
+    machine.ram.write(DATA, &[0xc3]);
+    machine.halt();
+    assert!(machine.code.holds_code(DATA >> 12));
+    let mut machine = machine.with(|state| state.activity = Activity::Running);
+    machine.halt();
+    assert!(!machine.code.holds_code(DATA >> 12));
+}
