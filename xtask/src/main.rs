@@ -6,6 +6,7 @@ mod checks;
 mod cpio;
 mod demo;
 mod deps;
+mod fuzz;
 mod guest;
 mod packages;
 mod test;
@@ -32,6 +33,8 @@ enum Task {
     /// Measures, beside a peer in the same run
     #[command(subcommand)]
     Bench(bench::Bench),
+    /// Feeds random input to what guests, peers and files reach, for a bounded time
+    Fuzz(fuzz::FuzzArguments),
     /// Makes the test guest (kernel and initramfs) and prints the command that runs it
     Guest(guest::GuestArguments),
 }
@@ -43,6 +46,7 @@ fn main() -> anyhow::Result<()> {
         Task::Ci => checks::run(),
         Task::Deps => deps::run(),
         Task::Bench(bench) => bench::run(&bench),
+        Task::Fuzz(arguments) => fuzz::run(&arguments),
         Task::Guest(arguments) => guest::run(&arguments),
     }
 }

@@ -1,0 +1,34 @@
+//! What the fuzz targets share: files in memory, a processor with its RAM, quiet surroundings of
+//! devices.
+//!
+//! A target feeds one input to public interfaces only, the way a guest, a peer or a file would,
+//! and finds panics, accesses out of bounds (by the address sanitizer) and endless work.
+
+pub mod processor;
+pub mod surroundings;
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+
+/// A file that has a path but no place on disk.
+#[derive(Debug)]
+pub struct MemoryFile {
+    file: File,
+}
+
+impl MemoryFile {
+    /// A file with these bytes.
+    pub fn new(bytes: &[u8]) -> Self {
+        let descriptor = rustix::fs::memfd_create("fuzz", rustix::fs::MemfdFlags::CLOEXEC);
+        let mut file = File::from(descriptor.expect("the kernel has memfd_create"));
+        file.write_all(bytes).expect("there is memory for an input");
+        Self { file }
+    }
+
+    /// Where it can be opened while it lives.
+    pub fn path(&self) -> PathBuf {
+        format!("/proc/self/fd/{}", self.file.as_raw_fd()).into()
+    }
+}
