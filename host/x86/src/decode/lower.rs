@@ -21,11 +21,23 @@ pub(super) enum Flow {
     Ends,
 }
 
+/// A CMP or TEST of a register.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Comparison {
+    /// Where it is in the operations.
+    pub(super) at: usize,
+    pub(super) bytes: usize,
+    pub(super) immediate: bool,
+    pub(super) test: bool,
+}
+
 /// A block in the making.
 pub(super) struct Lowering {
     pub(super) mode: Mode,
     pub(super) baseline: &'static Baseline,
     pub(super) ops: Vec<Op>,
+    /// The comparison that is the last operation so far, if it is one that a branch can take in.
+    pub(super) comparison: Option<Comparison>,
     #[expect(clippy::vec_box, reason = "operations point to them")]
     cold: Vec<Box<Cold>>,
     /// Offset of the block in its page, which is the address that decoding starts from.
@@ -67,6 +79,7 @@ impl Lowering {
             mode,
             baseline,
             ops: Vec::with_capacity(16),
+            comparison: None,
             cold: Vec::new(),
             start: offset.into(),
             instructions: 0,

@@ -1,6 +1,7 @@
 //! From bytes to blocks of operations, and where blocks are kept.
 
 mod block;
+mod branches;
 mod cache;
 mod cold;
 mod lower;

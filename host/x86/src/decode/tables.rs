@@ -3,11 +3,12 @@
 use iced_x86::{Code, CpuidFeature, Instruction, Mnemonic as M, OpKind, Register};
 
 use super::Mode;
-use super::lower::{Flow, Lowering};
+use super::branches::by_condition;
+use super::lower::{Comparison, Flow, Lowering};
 use crate::cpu::Cpu;
 use crate::cpuid::Baseline;
-use crate::exec::op::{Handler, Op, ending, straight};
-use crate::exec::{Result, alu, bits, branch, moves, segment, shift, stack, system};
+use crate::exec::op::{Handler, Op, straight};
+use crate::exec::{Result, alu, bits, moves, segment, shift, stack, system};
 
 /// One instance of a generic handler for each operand size in bytes.
 macro_rules! by_size {
@@ -17,25 +18,6 @@ macro_rules! by_size {
             2 => straight($($function)::+::<u16 $(, $more)*>),
             4 => straight($($function)::+::<u32 $(, $more)*>),
             _ => straight($($function)::+::<u64 $(, $more)*>),
-        }
-    };
-}
-
-/// One instance of an expression for each condition.
-macro_rules! by_condition {
-    ($code:expr, $name:ident => $handler:expr) => {
-        by_condition!(@ $code, $name => $handler; 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14)
-    };
-    (@ $code:expr, $name:ident => $handler:expr; $($value:literal)*) => {
-        match $code {
-            $($value => {
-                const $name: u8 = $value;
-                $handler
-            })*
-            _ => {
-                const $name: u8 = 15;
-                $handler
-            }
         }
     };
 }
@@ -373,6 +355,14 @@ impl Lowering {
     fn alu<O: alu::Alu>(&mut self, i: &Instruction) -> Flow {
         let size = size_of(i);
         let locked = i.has_lock_prefix() && O::WRITES;
+        if !O::WRITES && i.op0_kind() == OpKind::Register && i.op1_kind() != OpKind::Memory {
+            self.comparison = Some(Comparison {
+                at: self.ops.len(),
+                bytes: size,
+                immediate: i.op1_kind() != OpKind::Register,
+                test: i.mnemonic() == M::Test,
+            });
+        }
         match (i.op0_kind(), i.op1_kind()) {
             (OpKind::Register, OpKind::Register) => self.simple(i, by_size!(size, alu::rr, O)),
             (OpKind::Register, OpKind::Memory) => self.simple(i, by_size!(size, alu::rm, O)),
@@ -654,120 +644,6 @@ impl Lowering {
             op.imm = i.immediate(0);
         }
         self.push(i, op)
-    }
-
-    /// Near jumps, calls and returns; `None` for those that are rare.
-    fn transfer(&mut self, i: &Instruction) -> Option<Flow> {
-        use branch::{LinkNone, LinkTaken};
-        let relative = matches!(
-            i.op0_kind(),
-            OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64
-        ) && i.op_count() == 1;
-        let distance = if relative { self.distance(i) } else { 0 };
-        let linked = relative && self.in_page(distance);
-        let long = self.mode == Mode::Bits64;
-        let handler = match i.mnemonic() {
-            M::Jmp if relative && long && linked => ending(branch::jmp::<LinkTaken>),
-            M::Jmp if relative && long => ending(branch::jmp::<LinkNone>),
-            M::Jmp if i.op0_kind() == OpKind::NearBranch32 => ending(branch::jmp::<branch::Bits32>),
-            M::Jmp if relative => ending(branch::jmp::<branch::Bits16>),
-            M::Call if relative && long && linked => ending(branch::call::<LinkTaken>),
-            M::Call if relative && long => ending(branch::call::<LinkNone>),
-            M::Call if long && i.code() == Code::Call_rm64 => match i.op0_kind() {
-                OpKind::Register => ending(branch::call_r),
-                _ => ending(branch::call_m),
-            },
-            M::Jmp if long && i.code() == Code::Jmp_rm64 => match i.op0_kind() {
-                OpKind::Register => ending(branch::jmp_r),
-                _ => ending(branch::jmp_m),
-            },
-            M::Ret if long && matches!(i.code(), Code::Retnq | Code::Retnq_imm16) => {
-                ending(branch::ret)
-            }
-            _ => return None,
-        };
-        let mut op = self.op(i, handler);
-        op.src = number(i.op0_register());
-        op.imm = if relative {
-            distance as u64
-        } else if i.code() == Code::Retnq_imm16 {
-            i.immediate16().into()
-        } else {
-            0
-        };
-        self.push(i, op);
-        Some(Flow::Ends)
-    }
-
-    fn jcc(&mut self, i: &Instruction) -> Flow {
-        use branch::{Bits16, Bits32, LinkBoth, LinkFallThrough, LinkNone, LinkTaken, jcc};
-        let code = (i.condition_code() as u8).saturating_sub(1);
-        let distance = self.distance(i);
-        let near = (self.in_page(distance), self.next_in_page(i));
-        let handler = match (i.op0_kind(), near) {
-            (OpKind::NearBranch16, _) => by_condition!(code, C => ending(jcc::<Bits16, C>)),
-            (OpKind::NearBranch32, _) => by_condition!(code, C => ending(jcc::<Bits32, C>)),
-            (_, (true, true)) => by_condition!(code, C => ending(jcc::<LinkBoth, C>)),
-            (_, (true, false)) => by_condition!(code, C => ending(jcc::<LinkTaken, C>)),
-            (_, (false, true)) => by_condition!(code, C => ending(jcc::<LinkFallThrough, C>)),
-            (_, (false, false)) => by_condition!(code, C => ending(jcc::<LinkNone, C>)),
-        };
-        let mut op = self.op(i, handler);
-        op.imm = distance as u64;
-        self.push(i, op);
-        Flow::Ends
-    }
-
-    /// LOOPcc and JrCXZ.
-    fn counted(&mut self, i: &Instruction) -> Flow {
-        use branch::{Bits16, Bits32, LinkNone, jcxz, looped};
-        // The size of the counter is that of addresses, not of the operand.
-        let counter = match i.code() {
-            Code::Jcxz_rel8_16
-            | Code::Jcxz_rel8_32
-            | Code::Loop_rel8_16_CX
-            | Code::Loop_rel8_32_CX
-            | Code::Loope_rel8_16_CX
-            | Code::Loope_rel8_32_CX
-            | Code::Loopne_rel8_16_CX
-            | Code::Loopne_rel8_32_CX => 2,
-            Code::Jrcxz_rel8_16
-            | Code::Jrcxz_rel8_64
-            | Code::Loop_rel8_16_RCX
-            | Code::Loop_rel8_64_RCX
-            | Code::Loope_rel8_16_RCX
-            | Code::Loope_rel8_64_RCX
-            | Code::Loopne_rel8_16_RCX
-            | Code::Loopne_rel8_64_RCX => 8,
-            _ => 4,
-        };
-        let looping = matches!(i.mnemonic(), M::Loop | M::Loope | M::Loopne);
-        macro_rules! pick {
-            ($reach:ty) => {
-                match (looping, counter) {
-                    (false, 2) => ending(jcxz::<$reach, u16>),
-                    (false, 4) => ending(jcxz::<$reach, u32>),
-                    (false, _) => ending(jcxz::<$reach, u64>),
-                    (true, 2) => ending(looped::<$reach, u16>),
-                    (true, 4) => ending(looped::<$reach, u32>),
-                    (true, _) => ending(looped::<$reach, u64>),
-                }
-            };
-        }
-        let handler = match i.op0_kind() {
-            OpKind::NearBranch16 => pick!(Bits16),
-            OpKind::NearBranch32 => pick!(Bits32),
-            _ => pick!(LinkNone),
-        };
-        let mut op = self.op(i, handler);
-        op.imm = self.distance(i) as u64;
-        op.src = match i.mnemonic() {
-            M::Loope => 1,
-            M::Loopne => 2,
-            _ => 0,
-        };
-        self.push(i, op);
-        Flow::Ends
     }
 }
 

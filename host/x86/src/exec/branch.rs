@@ -3,7 +3,8 @@
 //! `imm` is the distance from the block's start to the target.
 
 use super::Result;
-use super::flags::condition;
+use super::alu::{Alu, Cmp, Test};
+use super::flags::{Flags, condition};
 use super::moves::push64;
 use super::op::{At, Exit, Op, slot};
 use super::value::Value;
@@ -74,6 +75,68 @@ pub(crate) fn jcc<R: Reach, const C: u8>(cpu: &mut Cpu, at: At) -> Result<Exit> 
         jump::<R>(cpu, at.get())
     } else {
         fall_through::<R>(cpu, at)
+    }
+}
+
+/// A comparison whose outcome a branch can take without a detour by the flags.
+pub(crate) trait Compare: Alu {
+    /// Does condition `C` hold after comparing `a` with `b`, which gave `flags`?
+    fn holds<T: Value, const C: u8>(a: T, b: T, flags: Flags) -> bool;
+}
+
+impl Compare for Cmp {
+    #[inline(always)]
+    fn holds<T: Value, const C: u8>(a: T, b: T, flags: Flags) -> bool {
+        let (ua, ub) = (a.zero_extend(), b.zero_extend());
+        let (sa, sb) = (a.sign_extend() as i64, b.sign_extend() as i64);
+        let holds = match C >> 1 {
+            1 => ua < ub,
+            2 => ua == ub,
+            3 => ua <= ub,
+            6 => sa < sb,
+            7 => sa <= sb,
+            _ => return condition::<C>(flags),
+        };
+        holds != (C & 1 != 0)
+    }
+}
+
+impl Compare for Test {
+    #[inline(always)]
+    fn holds<T: Value, const C: u8>(a: T, b: T, flags: Flags) -> bool {
+        let result = a.sign_extend() & b.sign_extend();
+        let holds = match C >> 1 {
+            0 | 1 => false,
+            2 | 3 => result == 0,
+            4 | 6 => (result as i64) < 0,
+            7 => result as i64 <= 0,
+            _ => return condition::<C>(flags),
+        };
+        holds != (C & 1 != 0)
+    }
+}
+
+/// CMP or TEST of a register with a register or (`IMMEDIATE`) with `imm`, and the Jcc behind it,
+/// both of whose ways stay in the page. `disp` is the distance to the target.
+pub(crate) fn compare_jcc<T: Value, O: Compare, const IMMEDIATE: bool, const C: u8>(
+    cpu: &mut Cpu,
+    at: At,
+) -> Result<Exit> {
+    let op = at.get();
+    let a: T = cpu.reg(op.dst);
+    let b = if IMMEDIATE {
+        T::from_u64(op.imm)
+    } else {
+        cpu.reg(op.src)
+    };
+    let flags = O::apply(a, b, cpu.flags).1;
+    cpu.flags = flags;
+    if O::holds::<T, C>(a, b, flags) {
+        cpu.rip = cpu.slot(slot::RIP).wrapping_add(op.disp as u64);
+        Ok(Exit::Taken)
+    } else {
+        cpu.rip = at.next_rip(cpu);
+        Ok(Exit::FallThrough)
     }
 }
 

@@ -1,6 +1,7 @@
 //! Small machine-code programs, and what the processor makes of them.
 
 mod access;
+mod branches;
 mod code;
 mod events;
 mod modes;
