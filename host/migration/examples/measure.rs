@@ -67,10 +67,6 @@ fn main() {
         .filter(|r| r.blackout_ms.unwrap() > r.downtime_limit_ms * 1.1)
         .count();
     println!("over the limit by more than 10 %: {over} of {moves}");
-    if let Some(path) = std::env::var_os("ROUNDS_SVG") {
-        let svg = dunlin_migration::chart::rounds_svg(reports.last().unwrap());
-        std::fs::write(path, svg).unwrap();
-    }
 }
 
 fn one_move(ram: u64, rate: u64) -> MigrationReport {

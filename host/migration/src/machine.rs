@@ -43,7 +43,7 @@ pub trait SourceMachine: Send {
     /// Stops vCPUs and devices. Guest memory does not change from the return on.
     ///
     /// # Errors
-    /// [`MachineError`] when it cannot be stopped; it is then running.
+    /// [`MachineError`] when it cannot be stopped; it is then running, or ends by itself.
     fn pause(&mut self) -> Result<(), MachineError>;
 
     /// Goes on after `pause`: the move failed or was cancelled before the hand-over.

@@ -193,6 +193,8 @@ fn a_pause_that_would_be_too_long_is_taken_back_and_the_limit_is_kept() {
     let gate = CancelToken::new();
     let place = UnixPlace::new(Conduct {
         restore_gate: Some(gate.clone()),
+        // What a restore in vain wrote has to be sent again: the next one looks at all of RAM.
+        scribbling: true,
         ..Conduct::default()
     });
     let mut machine = SourceSide::running(Load::SMALL);

@@ -106,7 +106,7 @@ impl ClaimedPlace {
         Ok(listener)
     }
 
-    /// Opens the log, keeping what an earlier VM of the name wrote as `log.old`.
+    /// Opens an empty log; what a killed VM of the name left is gone.
     pub(crate) fn open_log(&self) -> Result<File, PlaceError> {
         let path = self.place.log_file();
         let failed = |source| PlaceError::Host {

@@ -64,10 +64,29 @@ impl Reception {
                 Err(error) => {
                     let error = MigrationError::from(error);
                     tracing::error!(error = %error.chain(), "no more connections are accepted");
-                    return;
+                    return self.keep_listening();
                 }
             }
         }
+    }
+
+    /// Nobody comes in any more, and whoever waits for visitors learns so. The socket stays open
+    /// until the hand-over is settled: a source on this machine takes a refused connection as
+    /// proof that this process is dead, and would run the guest a second time.
+    fn keep_listening(self) {
+        let Self {
+            listener,
+            visitors,
+            stop,
+            settled,
+            ledger: _,
+            preamble_timeout: _,
+        } = self;
+        drop(visitors);
+        while !stop.is_cancelled() && !settled.is_cancelled() {
+            std::thread::sleep(SLICE);
+        }
+        drop(listener);
     }
 
     fn welcome(&self, mut transport: Box<dyn Transport>, strangers: &Arc<AtomicUsize>) {

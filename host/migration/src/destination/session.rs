@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use dunlin_guest::{Memory, PAGE_SIZE};
+use dunlin_guest::{Memory, PAGE_SIZE, PageSet};
 
 use super::custody::Ledger;
 use super::store::Store;
@@ -296,14 +296,21 @@ impl<'a, M: DestinationMachine> Session<'a, M> {
                 return Err(ProtocolError::invalid(Kind::States, reason).into());
             }
         };
+        let log = self.machine.memory().dirty_log().clone();
+        let mut changed = PageSet::new(self.machine.memory().pages());
+        log.harvest(&mut changed);
+        changed.clear();
         let begun = Instant::now();
         self.machine.restore(body.states)?;
         self.restore = begun.elapsed();
+        log.harvest(&mut changed);
+        self.store.note_written(&changed);
         self.stage = Stage::Prepared(body.attempt);
         let prepared = Prepared {
             attempt: body.attempt,
             restore_us: self.restore.as_micros() as u64,
             hash,
+            changed_pages: changed.iter().map(|page| page.0).collect(),
         };
         let patience = self.patience();
         self.wire.send(&Message::Prepared(prepared), patience)

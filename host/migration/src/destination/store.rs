@@ -31,6 +31,11 @@ impl Store {
         }
     }
 
+    /// Somebody else wrote these pages: they are no longer zero by themselves.
+    pub(crate) fn note_written(&mut self, pages: &PageSet) {
+        self.written.union(pages);
+    }
+
     /// Hash of RAM as it was stored.
     pub(crate) fn hash(&self) -> Option<u64> {
         self.hashes.as_ref().map(|(_, sum)| *sum)

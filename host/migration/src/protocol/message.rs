@@ -117,9 +117,13 @@ pub struct Prepared {
     /// Microseconds that restoring took.
     #[prost(uint64, tag = "2")]
     pub restore_us: u64,
-    /// Hash of RAM, when it was wanted.
+    /// Hash of RAM before restoring, when it was wanted.
     #[prost(uint64, optional, tag = "3")]
     pub hash: Option<u64>,
+    /// Pages that restoring wrote, by index. When the switch-over is taken back, the source sends
+    /// them again.
+    #[prost(uint64, repeated, tag = "4")]
+    pub changed_pages: Vec<u64>,
 }
 
 /// The guest runs at the destination.

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use dunlin_guest::{Memory, PageSet};
+use dunlin_guest::{Memory, PageIndex, PageSet};
 
 use super::estimate::Estimate;
 use super::hand_over::Switched;
@@ -13,7 +13,7 @@ use crate::error::MigrationError;
 use crate::machine::SourceMachine;
 use crate::options::{CancelToken, MigrationOptions, NoConvergence, Progress, Step, Verification};
 use crate::ownership::Doubt;
-use crate::protocol::message::{Configuration, KeepAlive, Region};
+use crate::protocol::message::{Configuration, KeepAlive, Prepared, Region};
 use crate::protocol::{Message, Preamble, ProtocolError, Purpose, Token};
 use crate::report::{MigrationReport, RoundKind, RoundReport};
 use crate::transport::Connector;
@@ -245,7 +245,10 @@ impl<'o, 'p> Attempt<'o, 'p> {
             }
             Message::Stored(stored) if stored.round < self.next_round => Ok(()),
             // The answer to a switch-over that was taken back meanwhile.
-            Message::Prepared(body) if body.attempt <= self.switch_over => Ok(()),
+            Message::Prepared(body) if body.attempt <= self.switch_over => {
+                self.send_again(&body);
+                Ok(())
+            }
             Message::Abort(body) => Err(MigrationError::Peer {
                 reason: body.reason,
             }),
@@ -254,6 +257,15 @@ impl<'o, 'p> Attempt<'o, 'p> {
                 state: self.phase.name(),
             }
             .into()),
+        }
+    }
+
+    /// The destination changed these pages while it restored a state that is not used.
+    pub(super) fn send_again(&mut self, prepared: &Prepared) {
+        for &page in &prepared.changed_pages {
+            if page < self.memory.pages() {
+                self.pending.insert(PageIndex(page));
+            }
         }
     }
 

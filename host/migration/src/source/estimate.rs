@@ -19,8 +19,10 @@ const FIRST_GUESS: Overheads = Overheads {
     stop: Duration::from_millis(1),
     save: Duration::from_millis(1),
     restore: Duration::from_millis(1),
-    start: Duration::from_millis(1),
 };
+
+/// Starting at the destination. Nothing teaches more: who has seen a start has moved.
+const START: Duration = Duration::from_millis(1);
 
 /// The parts of a pause that do not grow with the pages that remain.
 #[derive(Debug, Clone, Copy)]
@@ -31,13 +33,11 @@ pub(super) struct Overheads {
     pub(super) save: Duration,
     /// Restoring at the destination.
     pub(super) restore: Duration,
-    /// Starting at the destination.
-    pub(super) start: Duration,
 }
 
 impl Overheads {
     fn sum(&self) -> Duration {
-        self.stop + self.save + self.restore + self.start
+        self.stop + self.save + self.restore
     }
 }
 
@@ -120,13 +120,13 @@ impl Estimate {
 
     /// Time that has to be left when `Commit` is written, so that the guest runs in time.
     pub(super) fn reserve(&self, limit: Duration) -> Duration {
-        (self.slowest_round_trip() + self.overheads.start).min(limit / 2)
+        (self.slowest_round_trip() + START).min(limit / 2)
     }
 
     /// The pause when `pages` pages and the states of the machine remain.
     pub(super) fn pause(&self, pages: u64) -> Duration {
         let copying = self.seconds_a_page() * pages as f64;
-        let fixed = self.overheads.sum() + self.slowest_round_trip() * 2 + self.latency;
+        let fixed = self.overheads.sum() + START + self.slowest_round_trip() * 2 + self.latency;
         fixed + Duration::try_from_secs_f64(copying).unwrap_or(Duration::MAX / 4)
     }
 
@@ -186,7 +186,6 @@ mod tests {
             stop: Duration::ZERO,
             save: Duration::ZERO,
             restore: ms(60),
-            start: Duration::ZERO,
         });
         assert!(!estimate.fits(100, LIMIT));
     }

@@ -186,14 +186,17 @@ impl Attempt<'_, '_> {
             stop: Duration::ZERO,
             save: Duration::ZERO,
             restore: Duration::from_micros(prepared.restore_us.min(60_000_000)),
-            start: Duration::ZERO,
         });
     }
 
     fn await_prepared(&mut self, patience: Patience) -> Result<Prepared, MigrationError> {
         loop {
             match self.wire.receive(patience)? {
-                Message::Prepared(body) if body.attempt == self.switch_over => return Ok(body),
+                Message::Prepared(body) if body.attempt == self.switch_over => {
+                    // Counts if the switch-over is taken back after all.
+                    self.send_again(&body);
+                    return Ok(body);
+                }
                 other => self.hear(other)?,
             }
         }
@@ -221,7 +224,6 @@ impl Attempt<'_, '_> {
             stop: Duration::from_secs_f64(times.stopped_ms / 1e3),
             save: Duration::from_secs_f64((times.saved_ms - times.stopped_ms).max(0.0) / 1e3),
             restore: Duration::ZERO,
-            start: Duration::ZERO,
         });
         self.pending.union(&self.unconfirmed);
         self.unconfirmed.clear();

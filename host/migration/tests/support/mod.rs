@@ -382,6 +382,8 @@ pub struct Conduct {
     pub refuse_start: AtomicBool,
     /// Restoring does not look at RAM.
     pub trusting: bool,
+    /// Restoring writes a page that the source's guest never touches, and starting clears it.
+    pub scribbling: bool,
     /// Restoring waits until this is cancelled.
     pub restore_gate: Option<CancelToken>,
 }
@@ -450,6 +452,10 @@ impl DestinationMachine for DestinationSide {
         if clock[..8] != state.counter.to_le_bytes() {
             return Err(machine_error("restore", "what saving wrote did not arrive"));
         }
+        if self.conduct.scribbling {
+            let last = PageIndex(self.memory.pages() - 1);
+            self.memory.write_page(last, &[1; PAGE]);
+        }
         self.guest = Some(Guest::with_state(self.memory.clone(), state));
         Ok(())
     }
@@ -457,6 +463,10 @@ impl DestinationMachine for DestinationSide {
     fn start(&mut self) -> Result<(), MachineError> {
         if self.conduct.refuse_start.load(Ordering::SeqCst) {
             return Err(machine_error("start", "told to refuse"));
+        }
+        if self.conduct.scribbling {
+            let last = PageIndex(self.memory.pages() - 1);
+            self.memory.write_page(last, &[0; PAGE]);
         }
         self.conduct.starts.fetch_add(1, Ordering::SeqCst);
         self.guest().start();

@@ -16,6 +16,9 @@ use crate::moving::{self, MoveEnd, MoveOutcome};
 /// How long a destination is asked again before a user's word decides.
 const ASK_AGAIN: Duration = Duration::from_secs(3);
 
+/// A count that nobody ended for so long was given up by who began it.
+const LOOK_LASTS: Duration = Duration::from_secs(5);
+
 /// A count under way.
 #[derive(Debug)]
 pub(super) struct Look {
@@ -49,12 +52,19 @@ impl Lifecycle {
         let next = self.phase.after(Transition::Pause)?;
         if self.phase == Phase::Running {
             self.drop_look();
-            self.machine
-                .pause(DiskLocks::Keep)
-                .map_err(|error| host(&error))?;
+            let stopped = self.machine.pause(DiskLocks::Keep);
+            stopped.map_err(|error| self.run_on(host(&error)))?;
         }
         self.phase = next;
         Ok(self.status())
+    }
+
+    /// A pause failed halfway: what has stopped goes on. Returns why it failed.
+    fn run_on(&self, error: ApiError) -> ApiError {
+        if let Err(error) = self.machine.resume() {
+            tracing::error!(error = chain(&error), "the guest did not go on");
+        }
+        error
     }
 
     pub(super) fn resume(&mut self) -> Result<VmStatus, ApiError> {
@@ -67,6 +77,7 @@ impl Lifecycle {
             self.machine.resume().map_err(|error| host(&error))?;
         }
         self.phase = next;
+        self.reset_if_pending();
         Ok(self.status())
     }
 
@@ -109,8 +120,15 @@ impl Lifecycle {
     /// share its disks and its identity.
     pub(super) fn save(&mut self, request: &SaveRequest) -> Result<VmStatus, ApiError> {
         self.not_moving("save")?;
+        moving::check_target(&request.to)?;
+        let ran = self.phase == Phase::Running;
         let status = self.pause()?;
-        moving::save_to_file(&self.machine, &request.to)?;
+        if let Err(error) = moving::save_to_file(&self.machine, &request.to) {
+            if ran {
+                self.resume()?;
+            }
+            return Err(error);
+        }
         Ok(status)
     }
 
@@ -149,16 +167,17 @@ impl Lifecycle {
 
     fn suspend(&mut self) -> Result<(), ApiError> {
         let next = self.phase.after(Transition::Suspend)?;
-        self.machine
-            .pause(DiskLocks::Release)
-            .map_err(|error| host(&error))?;
-        // A guest that has just asked for its end must not go on elsewhere behind that request.
+        let stopped = self.machine.pause(DiskLocks::Keep);
+        stopped.map_err(|error| self.run_on(host(&error)))?;
+        // A guest that has just asked for its end must not go on elsewhere behind that request,
+        // nor here: the request lies in the mailbox, and ends the machine or builds it anew.
         if self.blueprint.events.machine_must_stop() {
             return Err(ApiError::new(
                 ErrorCode::WrongState,
                 "the guest is switching itself off",
             ));
         }
+        self.machine.unlock_disks();
         self.phase = next;
         Ok(())
     }
@@ -178,6 +197,7 @@ impl Lifecycle {
         let transition = match end.outcome {
             MoveOutcome::Moved => Some(Transition::HandOver),
             MoveOutcome::InDoubt => Some(Transition::Doubt),
+            MoveOutcome::PausedHere => Some(Transition::Strand),
             // Taken back already, or never suspended.
             MoveOutcome::Here => None,
         };
@@ -192,12 +212,17 @@ impl Lifecycle {
         }
         self.question.clone_from(&end.question);
         self.monitor.finish(end);
-        if self.reset_pending {
+        self.reset_if_pending();
+    }
+
+    /// A guest that does not run asks for nothing: its reset waits until it goes on.
+    fn reset_if_pending(&mut self) {
+        if self.reset_pending && self.phase == Phase::Running {
             self.reset();
         }
     }
 
-    /// Builds the machine anew and boots it.
+    /// Builds the machine anew and boots it; a paused guest boots when it is resumed.
     pub(super) fn rebuild(&mut self) -> Result<(), ApiError> {
         self.drop_look();
         self.machine
@@ -206,7 +231,12 @@ impl Lifecycle {
         self.blueprint.events = self.blueprint.events.renew();
         let machine = assemble(&self.blueprint).map_err(|error| host(&error))?;
         machine.load_kernel().map_err(|error| host(&error))?;
-        machine.resume().map_err(|error| host(&error))?;
+        if self.phase == Phase::Running {
+            machine.resume().map_err(|error| host(&error))?;
+        } else {
+            // As after a user's pause.
+            machine.lock_disks().map_err(|error| host(&error))?;
+        }
         self.machine = machine;
         Ok(())
     }
@@ -220,6 +250,15 @@ impl Lifecycle {
     }
 
     pub(super) fn begin_look(&mut self) -> Result<(), ApiError> {
+        let counting = |look: &Look| look.since.elapsed() < LOOK_LASTS;
+        if self.look.as_ref().is_some_and(counting) {
+            let name = &self.machine.config().name;
+            return Err(ApiError::new(
+                ErrorCode::Busy,
+                format!("somebody else counts the exits of VM \"{name}\""),
+            )
+            .with_hint("try again in a second"));
+        }
         self.drop_look();
         let dirty = self.phase == Phase::Running && self.moving.is_none();
         if dirty {

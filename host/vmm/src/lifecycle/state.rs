@@ -21,7 +21,8 @@ use dunlin_api::{ApiError, ErrorCode};
 ///   every state ── power-off, stop, failure ──► Stopped
 /// ```
 ///
-/// `Suspended` is a pause that belongs to a move: only the move ends it.
+/// `Suspended` is a pause that belongs to a move: only the move ends it. When the guest does not
+/// go on after a failed move, the pause becomes the user's: `Paused`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Phase {
     /// Built, not started.
@@ -53,6 +54,8 @@ pub(crate) enum Transition {
     Suspend,
     /// A move took its pause back.
     TakeBack,
+    /// A move could not take its pause back: a user may.
+    Strand,
     /// A move has given the guest away.
     HandOver,
     /// A move broke at the hand-over.
@@ -69,6 +72,7 @@ impl Phase {
             (Self::Paused | Self::Running | Self::InDoubt, T::Resume) => Self::Running,
             (Self::Running, T::Suspend) => Self::Suspended,
             (Self::Suspended, T::TakeBack) => Self::Running,
+            (Self::Suspended, T::Strand) => Self::Paused,
             (Self::Suspended, T::HandOver) => Self::Moved,
             (Self::InDoubt, T::HandOver) => Self::Moved,
             (Self::Suspended, T::Doubt) => Self::InDoubt,
@@ -96,7 +100,7 @@ fn refusal(from: Phase, transition: Transition) -> ApiError {
         Transition::Start => "start",
         Transition::Pause => "pause",
         Transition::Resume => "resume",
-        Transition::Suspend | Transition::TakeBack => "move",
+        Transition::Suspend | Transition::TakeBack | Transition::Strand => "move",
         Transition::HandOver | Transition::Doubt => "hand over",
     };
     let state = match from {
@@ -140,6 +144,13 @@ mod tests {
             Phase::Suspended.after(Transition::TakeBack),
             Ok(Phase::Running)
         );
+    }
+
+    #[test]
+    fn a_guest_that_did_not_go_on_after_a_move_can_be_resumed() {
+        let stranded = Phase::Suspended.after(Transition::Strand);
+        assert_eq!(stranded, Ok(Phase::Paused));
+        assert_eq!(Phase::Paused.after(Transition::Resume), Ok(Phase::Running));
     }
 
     #[test]

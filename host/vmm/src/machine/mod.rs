@@ -133,9 +133,14 @@ impl Machine {
             component.pause();
         }
         if locks == DiskLocks::Release {
-            self.locks.iter().for_each(release);
+            self.unlock_disks();
         }
         Ok(())
+    }
+
+    /// Gives the locks of all disks back.
+    pub(crate) fn unlock_disks(&self) {
+        self.locks.iter().for_each(release);
     }
 
     /// Exits of each processor.

@@ -101,3 +101,19 @@ fn a_disk_is_locked_by_the_machine_that_runs() {
     first.pause(DiskLocks::Release).unwrap();
     second.lock_disks().unwrap();
 }
+
+#[test]
+fn a_restored_machine_leaves_the_disk_to_the_source_until_it_starts() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut blueprint = blueprint(folder.path());
+    blueprint.config.cpus = 1;
+    let source = assemble(&blueprint).unwrap();
+    source.lock_disks().unwrap();
+    source.pause(DiskLocks::Release).unwrap();
+    let states = source.save().unwrap();
+    let destination = assemble(&blueprint).unwrap();
+    destination.restore(states).unwrap();
+    // The switch-over is taken back: the source locks its disk again.
+    source.lock_disks().unwrap();
+    assert!(matches!(destination.resume(), Err(MachineFailure::Lock(_))));
+}

@@ -68,15 +68,14 @@ impl DestinationMachine for ArrivingMachine {
     }
 
     fn restore(&mut self, states: Vec<SavedState>) -> Result<(), MachineError> {
-        // The source has given its locks back before it sent the states. Taking them here, not
-        // at the start, lets a refusal come while the guest can still stay where it is.
-        let locked = self.machine.lock_disks();
-        locked.map_err(|error| machine_error("lock its disks", error))?;
+        // Without the locks of disks: the source may take the switch-over back at any moment and
+        // run on, before this side has heard so.
         let restored = self.machine.restore(states);
         restored.map_err(|error| machine_error("restore the guest's state", error))
     }
 
     fn start(&mut self) -> Result<(), MachineError> {
+        // Takes the locks of disks. On a refusal no processor has run, and the guest goes back.
         let resumed = self.machine.resume();
         resumed.map_err(|error| machine_error("start the guest", error))
     }

@@ -150,11 +150,18 @@ fn end(
             };
             MoveEnd {
                 outcome: match failure.guest {
-                    Whereabouts::RunsHere | Whereabouts::PausedHere => MoveOutcome::Here,
+                    Whereabouts::RunsHere => MoveOutcome::Here,
+                    Whereabouts::PausedHere => MoveOutcome::PausedHere,
                     Whereabouts::InDoubt(_) => MoveOutcome::InDoubt,
                 },
                 report: to_api(&failure.report),
-                error: Some(ApiError::from_chain(code, &*failure)),
+                error: Some(match failure.guest {
+                    Whereabouts::PausedHere => ApiError::from_chain(code, &*failure).with_hint(
+                        "the guest is whole but paused, since it did not go on here: \
+                         \"dunlin resume\" tries again",
+                    ),
+                    _ => ApiError::from_chain(code, &*failure),
+                }),
                 question: match failure.guest {
                     Whereabouts::InDoubt(doubt) => Some(OpenQuestion { to, doubt }),
                     Whereabouts::RunsHere | Whereabouts::PausedHere => None,

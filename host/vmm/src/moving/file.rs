@@ -58,8 +58,8 @@ fn refused(action: &str, path: &Path, error: &MigrationError) -> ApiError {
     )
 }
 
-/// Saves a paused machine.
-pub(crate) fn save_to_file(machine: &Machine, path: &Path) -> Result<(), ApiError> {
+/// Can a guest be saved there, as far as that shows beforehand?
+pub(crate) fn check_target(path: &Path) -> Result<(), ApiError> {
     if path.symlink_metadata().is_ok() {
         return Err(ApiError::new(
             ErrorCode::InvalidRequest,
@@ -67,6 +67,23 @@ pub(crate) fn save_to_file(machine: &Machine, path: &Path) -> Result<(), ApiErro
         )
         .with_hint("choose another file: a saved guest is not overwritten"));
     }
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    if !folder.is_dir() {
+        let folder = folder.display();
+        return Err(ApiError::new(
+            ErrorCode::InvalidRequest,
+            format!("\"{folder}\" is not a folder"),
+        ));
+    }
+    Ok(())
+}
+
+/// Saves a paused machine.
+pub(crate) fn save_to_file(machine: &Machine, path: &Path) -> Result<(), ApiError> {
+    check_target(path)?;
     file::save(&mut PausedMachine(machine), path)
         .map(drop)
         .map_err(|error| refused("save the guest to", path, &error))

@@ -8,7 +8,7 @@ mod monitor;
 pub(crate) use arrival::{ArrivingMachine, Build};
 pub(crate) use departure::{Departure, OpenQuestion, start};
 pub use file::describe_snapshot;
-pub(crate) use file::{restore_from_file, save_to_file};
+pub(crate) use file::{check_target, restore_from_file, save_to_file};
 pub(crate) use monitor::{MoveEnd, MoveMonitor, MoveOutcome};
 
 use dunlin_api::{ApiError, ErrorCode, VmConfig};

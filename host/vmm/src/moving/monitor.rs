@@ -15,6 +15,8 @@ pub(crate) enum MoveOutcome {
     Moved,
     /// It runs here.
     Here,
+    /// It is here, and did not go on after the switch-over's pause.
+    PausedHere,
     /// It is paused here and may run there.
     InDoubt,
 }
@@ -129,7 +131,7 @@ impl MoveMonitor {
             MoveOutcome::Moved => MigrationPhase::Done,
             MoveOutcome::InDoubt => MigrationPhase::InDoubt,
             MoveOutcome::Here if cancelled => MigrationPhase::Cancelled,
-            MoveOutcome::Here => MigrationPhase::Failed,
+            MoveOutcome::Here | MoveOutcome::PausedHere => MigrationPhase::Failed,
         };
         state.status.bytes_sent = report.bytes_sent;
         state.status.report = Some(report);
