@@ -36,6 +36,12 @@ pub struct AgentStats {
     pub memory_errors: u64,
 }
 
+#[derive(Debug, Deserialize)]
+struct CommandOutput {
+    status: i64,
+    output: String,
+}
+
 impl Connection {
     /// Connects.
     ///
@@ -82,6 +88,17 @@ impl Connection {
             bail!("the guest closed the connection");
         }
         Ok(line.trim_end().to_owned())
+    }
+
+    /// Runs a shell command in the guest; its exit status and output.
+    ///
+    /// # Errors
+    /// When the connection breaks or the answer is none.
+    pub fn run(&mut self, command: &str) -> anyhow::Result<(i64, String)> {
+        let line = self.ask(&format!("run {command}"))?;
+        let answer: CommandOutput =
+            serde_json::from_str(&line).with_context(|| format!("agent answered \"{line}\""))?;
+        Ok((answer.status, answer.output))
     }
 
     /// What the agent saw.

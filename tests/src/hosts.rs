@@ -53,6 +53,8 @@ pub struct VmSpec {
     pub memory: String,
     /// `auto`, `soft` or `kvm`.
     pub engine: String,
+    /// Raw images.
+    pub disks: Vec<PathBuf>,
 }
 
 /// One host.
@@ -207,13 +209,30 @@ impl Host {
         if let Some(initramfs) = &vm.initramfs {
             command.arg("--initrd").arg(initramfs);
         }
+        for disk in &vm.disks {
+            command.arg("--disk").arg(disk);
+        }
+        self.bring_up(command, &vm.name)
+    }
+
+    /// Starts a VM from a saved file, as [`Host::run`] does from a kernel.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn restore(&mut self, name: &str, file: &Path) -> anyhow::Result<()> {
+        let mut command = self.command(&["restore", "--name", name]);
+        command.arg(file);
+        self.bring_up(command, name)
+    }
+
+    fn bring_up(&mut self, mut command: Command, name: &str) -> anyhow::Result<()> {
         if self.switch.is_some() {
             command.arg("--net").arg(self.net());
         }
-        let mut guard = self.spawn(&mut command, &vm.name)?;
-        let log = self.log(&vm.name);
+        let mut guard = self.spawn(&mut command, name)?;
+        let log = self.log(name);
         wait_for(Some(&mut guard), "the VM", &log, || {
-            Ok(self.query(&["inspect", &vm.name]).is_ok())
+            Ok(self.query(&["inspect", name]).is_ok())
         })?;
         self.commands.push(guard);
         Ok(())

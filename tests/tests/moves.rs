@@ -55,6 +55,7 @@ fn boot() -> Option<Bed> {
             ),
             memory: "192M".to_owned(),
             engine: "soft".to_owned(),
+            disks: Vec::new(),
         })
         .unwrap();
     let address = hosts::outside(&first, forward.outside);

@@ -17,15 +17,6 @@ use serde_json::json;
 
 const LIMIT: Duration = Duration::from_secs(300);
 
-fn run(connection: &mut Connection, command: &str) -> (i64, String) {
-    let line = connection.ask(&format!("run {command}")).unwrap();
-    let value: serde_json::Value = serde_json::from_str(&line).unwrap();
-    (
-        value["status"].as_i64().unwrap(),
-        value["output"].as_str().unwrap().to_owned(),
-    )
-}
-
 fn start_qemu(guest: &TestGuest, local: &Path, remote: &Path, log: &Path) -> Guard {
     let log = std::fs::File::create(log).unwrap();
     let network = format!(
@@ -83,6 +74,7 @@ fn a_qemu_guest_and_a_dunlin_guest_exchange_pings_and_a_stream() {
             cmdline: "console=ttyS0 quiet dunlin.init=agent dunlin.load=0,0".to_owned(),
             memory: "256M".to_owned(),
             engine: "soft".to_owned(),
+            disks: Vec::new(),
         })
         .unwrap();
     let open = |forward: Forward| {
@@ -96,20 +88,19 @@ fn a_qemu_guest_and_a_dunlin_guest_exchange_pings_and_a_stream() {
     };
     let (mut here, mut there) = (open(to_guest), open(to_neighbour));
 
-    let (status, output) = run(&mut here, "ping -c 5 -W 5 10.0.2.16");
+    let (status, output) = here.run("ping -c 5 -W 5 10.0.2.16").unwrap();
     assert_eq!(status, 0, "{output}");
     assert!(output.contains("5 packets received"), "{output}");
-    let (status, output) = run(&mut there, "ping -c 5 -W 5 10.0.2.15");
+    let (status, output) = there.run("ping -c 5 -W 5 10.0.2.15").unwrap();
     assert_eq!(status, 0, "{output}");
     assert!(output.contains("5 packets received"), "{output}");
 
-    let (_, expected) = run(&mut there, "md5sum < /bin/busybox");
-    let (status, output) = run(&mut there, "httpd -p 5001 -h /bin");
+    let (_, expected) = there.run("md5sum < /bin/busybox").unwrap();
+    let (status, output) = there.run("httpd -p 5001 -h /bin").unwrap();
     assert_eq!(status, 0, "{output}");
-    let (status, received) = run(
-        &mut here,
-        "wget -q -O /tmp/received http://10.0.2.16:5001/busybox; md5sum < /tmp/received",
-    );
+    let (status, received) = here
+        .run("wget -q -O /tmp/received http://10.0.2.16:5001/busybox; md5sum < /tmp/received")
+        .unwrap();
     assert_eq!(status, 0);
     assert_eq!(received, expected, "the stream was damaged");
 }

@@ -68,9 +68,7 @@ pub(crate) fn build(series: Series) -> anyhow::Result<Guest> {
     let initramfs = folder.join("initramfs");
     fs::write(&initramfs, pack(&kernel, &busybox, &agent)?)?;
     let elf = folder.join("vmlinux");
-    if !elf.exists() {
-        fs::write(&elf, dunlin_boot::kernel_image(&kernel.image)?)?;
-    }
+    fs::write(&elf, dunlin_boot::kernel_image(&kernel.image)?)?;
     Ok(Guest {
         kernel: kernel.image,
         elf,

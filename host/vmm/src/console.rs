@@ -1,11 +1,15 @@
-//! The guest's serial console: a bounded history, any number of readers, and a way in.
+//! The guest's console: a bounded history, any number of readers, and a way in.
 //!
 //! ```text
 //!   vCPU thread ──► history (ring) ◄── reader 1 (position) ──► socket
 //!        wakes          │          ◄── reader 2 (position) ──► socket
 //!                       └ oldest bytes are dropped; a reader that is too slow skips them
-//!   socket ──► Serial::push_input, waiting for room
+//!   socket ──► Serial::push_input or ConsoleInput::push, waiting for room
 //! ```
+//!
+//! The guest has two ports to it, the serial one (`ttyS0`) and virtio-console (`hvc0`). Output of
+//! both is one stream; input goes to the port that wrote last, and before any output to the one
+//! that the kernel's command line makes `/dev/console`.
 //!
 //! The guest never waits for a reader: writing is a copy under a lock that readers hold for a copy.
 
@@ -14,6 +18,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use dunlin_devices::serial::{Console, Serial};
+use dunlin_devices::virtio::console::ConsoleInput;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
@@ -31,14 +36,72 @@ struct State {
     closed: bool,
     /// Readers that have not yet had everything.
     readers: usize,
-    serial: Option<Arc<Serial>>,
+    ports: Option<Ports>,
+    /// The port that input goes to.
+    active: ActivePort,
+}
+
+/// The guest's ends of the console.
+#[derive(Debug, Clone)]
+pub(crate) struct Ports {
+    /// `ttyS0`.
+    pub(crate) serial: Arc<Serial>,
+    /// `hvc0`.
+    pub(crate) paravirtual: ConsoleInput,
+}
+
+/// Which port input goes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum ActivePort {
+    /// The serial port.
+    #[default]
+    Serial,
+    /// virtio-console.
+    Paravirtual,
+}
+
+impl ActivePort {
+    /// The port that a kernel with this command line makes `/dev/console`: the last that it names.
+    pub(crate) fn of_command_line(command_line: &str) -> Self {
+        let mut named = command_line
+            .split_whitespace()
+            .filter_map(|word| word.strip_prefix("console="));
+        match named.next_back() {
+            Some(name) if name.starts_with("hvc") => Self::Paravirtual,
+            _ => Self::Serial,
+        }
+    }
+}
+
+impl Ports {
+    /// Offers input to a port; returns how many bytes it took.
+    fn push(&self, port: ActivePort, bytes: &[u8]) -> usize {
+        match port {
+            ActivePort::Serial => self.serial.push_input(bytes),
+            ActivePort::Paravirtual => self.paravirtual.push(bytes),
+        }
+    }
+}
+
+/// Where virtio-console writes.
+#[derive(Debug)]
+pub(crate) struct ParavirtualOutput(pub(crate) Arc<ConsoleHub>);
+
+impl Console for ParavirtualOutput {
+    fn write(&self, bytes: &[u8]) {
+        self.0.output(ActivePort::Paravirtual, bytes);
+    }
+
+    fn input_ready(&self) {
+        self.0.room.notify_waiters();
+    }
 }
 
 /// The console's end outside of the guest.
 #[derive(Debug, Default)]
 pub(crate) struct ConsoleHub {
     state: Mutex<State>,
-    output: Notify,
+    news: Notify,
     room: Notify,
     /// Notified when a reader comes.
     watched: Condvar,
@@ -57,19 +120,33 @@ impl ConsoleHub {
             .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// From now on input goes to this port; after a reboot it is another one.
-    pub(crate) fn connect(&self, serial: Arc<Serial>) {
-        self.lock().serial = Some(serial);
+    /// From now on input goes to these ports, at first to `active`; after a reboot to others.
+    pub(crate) fn connect(&self, ports: Ports, active: ActivePort) {
+        let mut state = self.lock();
+        state.ports = Some(ports);
+        state.active = active;
+        drop(state);
         self.room.notify_waiters();
+    }
+
+    fn output(&self, port: ActivePort, bytes: &[u8]) {
+        let mut state = self.lock();
+        state.active = port;
+        state.history.extend(bytes);
+        let excess = state.history.len().saturating_sub(HISTORY);
+        state.history.drain(..excess);
+        state.written += bytes.len() as u64;
+        drop(state);
+        self.news.notify_waiters();
     }
 
     /// No output will follow: readers end once they have had all.
     pub(crate) fn close(&self) {
         let mut state = self.lock();
         state.closed = true;
-        state.serial = None;
+        state.ports = None;
         drop(state);
-        self.output.notify_waiters();
+        self.news.notify_waiters();
         self.room.notify_waiters();
     }
 
@@ -116,7 +193,7 @@ impl ConsoleHub {
         let mut position = 0;
         let mut buffer = Vec::new();
         loop {
-            let news = self.output.notified();
+            let news = self.news.notified();
             tokio::pin!(news);
             // Registered before looking, so that nothing written in between is missed.
             news.as_mut().enable();
@@ -133,7 +210,7 @@ impl ConsoleHub {
                             return;
                         }
                         tokio::select! {
-                            () = self.output.notified() => {}
+                            () = self.news.notified() => {}
                             () = tokio::time::sleep(Duration::from_millis(500)) => {}
                         }
                     }
@@ -156,14 +233,14 @@ impl ConsoleHub {
                 tokio::pin!(room);
                 room.as_mut().enable();
                 // Not under our lock: the port calls back.
-                let (serial, closed) = {
+                let (ports, active, closed) = {
                     let state = self.lock();
-                    (state.serial.clone(), state.closed)
+                    (state.ports.clone(), state.active, state.closed)
                 };
                 if closed {
                     return;
                 }
-                let taken = serial.map_or(0, |serial| serial.push_input(rest));
+                let taken = ports.map_or(0, |ports| ports.push(active, rest));
                 rest = &rest[taken..];
                 if taken == 0 {
                     room.await;
@@ -175,13 +252,7 @@ impl ConsoleHub {
 
 impl Console for ConsoleHub {
     fn write(&self, bytes: &[u8]) {
-        let mut state = self.lock();
-        state.history.extend(bytes);
-        let excess = state.history.len().saturating_sub(HISTORY);
-        state.history.drain(..excess);
-        state.written += bytes.len() as u64;
-        drop(state);
-        self.output.notify_waiters();
+        ConsoleHub::output(self, ActivePort::Serial, bytes);
     }
 
     fn input_ready(&self) {
@@ -217,6 +288,24 @@ mod tests {
             serving.await.unwrap();
             assert!(hub.is_drained());
         });
+    }
+
+    #[test]
+    fn input_starts_at_the_console_that_the_kernel_makes_its_own() {
+        let of = ActivePort::of_command_line;
+        assert_eq!(of("quiet"), ActivePort::Serial);
+        assert_eq!(of("console=ttyS0 console=hvc0"), ActivePort::Paravirtual);
+        assert_eq!(of("console=hvc0 console=ttyS0,115200"), ActivePort::Serial);
+    }
+
+    #[test]
+    fn input_follows_the_port_that_wrote_last() {
+        let hub = ConsoleHub::new();
+        ParavirtualOutput(Arc::clone(&hub)).write(b"# ");
+        assert_eq!(hub.lock().active, ActivePort::Paravirtual);
+        hub.write(b"kernel message");
+        assert_eq!(hub.lock().active, ActivePort::Serial);
+        assert_eq!(hub.lock().written, 16);
     }
 
     #[test]

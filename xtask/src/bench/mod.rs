@@ -16,8 +16,8 @@ pub(crate) enum Bench {
 #[derive(Debug, Args)]
 pub(crate) struct BenchArguments {
     /// How many times each side runs
-    #[arg(long, default_value_t = 5)]
-    runs: usize,
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
+    runs: u64,
     /// Print only the JSON line
     #[arg(long)]
     json: bool,

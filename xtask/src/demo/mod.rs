@@ -80,6 +80,7 @@ pub(crate) fn run(arguments: &DemoArguments) -> anyhow::Result<()> {
         ),
         memory: "512M".to_owned(),
         engine: "soft".to_owned(),
+        disks: Vec::new(),
     })?;
     let mut control = None;
     let log = first.log(VM);

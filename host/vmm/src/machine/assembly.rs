@@ -12,6 +12,7 @@ use dunlin_devices::power::PowerDevice;
 use dunlin_devices::serial::Serial;
 use dunlin_devices::virtio::VirtioDevice;
 use dunlin_devices::virtio::block::Block;
+use dunlin_devices::virtio::console::Console;
 use dunlin_devices::virtio::entropy::Entropy;
 use dunlin_devices::virtio::net::Net;
 use dunlin_devices::virtio::pci::{VirtioPci, VirtioPciError};
@@ -24,7 +25,7 @@ use dunlin_x86::cpuid::{Baseline, X86_64_V2};
 use super::events::MachineEvents;
 use super::vcpu::{Buses, VcpuError, VcpuThread};
 use super::{Machine, engine};
-use crate::console::ConsoleHub;
+use crate::console::{ActivePort, ConsoleHub, ParavirtualOutput, Ports};
 
 /// What a machine is built from.
 #[derive(Debug, Clone)]
@@ -68,6 +69,9 @@ pub enum AssemblyError {
     /// A virtio device could not be made.
     #[error(transparent)]
     Virtio(#[from] VirtioPciError),
+    /// The host gave no descriptor for the console.
+    #[error("failed to make the virtio console")]
+    Console(#[source] std::io::Error),
     /// A disk cannot be opened.
     #[error(transparent)]
     Disk(#[from] DiskError),
@@ -113,9 +117,18 @@ pub(crate) fn assemble(blueprint: &Blueprint) -> Result<Machine, AssemblyError> 
             &format!("disk{index}"),
         )))?;
     }
+    let output = Arc::new(ParavirtualOutput(Arc::clone(&blueprint.console)));
+    let console = Console::new(output).map_err(AssemblyError::Console)?;
+    let paravirtual = console.input();
+    builder.add(Box::new(console))?;
     let functions = builder.functions;
     let vcpus = start_vcpus(&vm, &chipset.buses, blueprint)?;
-    blueprint.console.connect(Arc::clone(&chipset.serial));
+    let ports = Ports {
+        serial: Arc::clone(&chipset.serial),
+        paravirtual,
+    };
+    let active = ActivePort::of_command_line(&config.command_line);
+    blueprint.console.connect(ports, active);
     let mut components = functions;
     components.extend(chipset.components());
     Ok(Machine {

@@ -44,9 +44,12 @@ fn cpu_name(index: usize) -> String {
 }
 
 impl Machine {
-    /// The state of everything but memory, while paused.
+    /// The state of everything but memory, while paused. Processors come last: a message that a
+    /// component has sent until it was saved waits at its processor, and is saved there.
     pub(crate) fn save(&self) -> Result<Vec<SavedState>, StateError> {
-        let mut states = Vec::with_capacity(self.vcpus.len() + self.components.len());
+        let mut states: Vec<_> = (self.components.iter())
+            .map(|component| component.save())
+            .collect();
         for (index, vcpu) in self.vcpus.iter().enumerate() {
             states.push(SavedState {
                 name: cpu_name(index),
@@ -55,7 +58,6 @@ impl Machine {
                 body: cpu::encode(&vcpu.save()?),
             });
         }
-        states.extend(self.components.iter().map(|component| component.save()));
         Ok(states)
     }
 

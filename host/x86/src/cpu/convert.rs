@@ -16,8 +16,13 @@ use crate::mmu::is_canonical;
 use crate::state::{Activity, CpuState, Msrs, PendingEvents, Segment, segment};
 
 impl Cpu {
-    /// The architectural state, at an instruction border.
+    /// The architectural state, at an instruction border. What others have posted to this
+    /// processor by now is in it.
     pub fn state(&mut self) -> CpuState {
+        if self.mailbox.has_events() && self.take_mail().is_some() {
+            // A kick is for the engine, not part of the state.
+            self.mailbox.kick();
+        }
         let reading = self.config.clock.read();
         let tsc = reading.tsc.wrapping_add(self.tsc_offset);
         let mut gpr = [0; 16];

@@ -264,7 +264,7 @@ impl Cpu {
         None
     }
 
-    fn take_mail(&mut self) -> Option<Stop> {
+    pub(super) fn take_mail(&mut self) -> Option<Stop> {
         let posted = self.apic.poll_mailbox();
         self.deadline = self.apic.next_deadline_tsc().unwrap_or(u64::MAX);
         self.nmi_pending |= posted.nmi;

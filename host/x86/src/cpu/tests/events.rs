@@ -247,3 +247,19 @@ fn a_kick_stops_a_loop() {
     assert_eq!(machine.cpu.run(), Stop::Kicked);
     kicker.join().unwrap();
 }
+
+#[test]
+fn what_was_posted_to_a_stopped_processor_is_saved_with_it() {
+    let mut machine = with_apic(|a| {
+        a.sti().unwrap();
+        a.hlt().unwrap();
+    });
+    machine.halt();
+    machine.mailbox.post_vector(0x41, Trigger::Edge);
+    machine.mailbox.kick();
+    let state = machine.cpu.state();
+    // The IRR's third word holds vectors 0x40 to 0x5f.
+    assert_eq!(state.apic.registers[0x220], 2);
+    assert_eq!(machine.cpu.run(), Stop::Kicked);
+    machine.fault(0x41);
+}
