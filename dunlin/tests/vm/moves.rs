@@ -32,6 +32,25 @@ fn a_moved_guest_moves_back() {
 }
 
 #[test]
+fn a_guest_moves_with_a_disk_that_both_sides_see() {
+    let (mut source, mut destination) = (Bed::new(), Bed::new());
+    let disk = source.folder().join("disk");
+    std::fs::write(&disk, [0; 1 << 16]).unwrap();
+    let disk = disk.to_str().unwrap();
+    source.run("a", &guest::letters(), &["--disk", disk]);
+    let to = destination.receive(&["--once"]);
+    let report = source.json(&["migrate", "a", "--to", &to]);
+    assert_eq!(report["outcome"], "moved", "{report}");
+    destination.console("a").at_least(100);
+    // The lock went with the guest, and comes back with it.
+    let back = source.receive(&[]);
+    let report = destination.json(&["migrate", "a", "--to", &back]);
+    assert_eq!(report["outcome"], "moved", "{report}");
+    source.console("a").at_least(100);
+    source.json(&["stop", "a"]);
+}
+
+#[test]
 fn a_move_to_nobody_leaves_the_guest_running() {
     let bed = Bed::new();
     bed.run("a", &guest::letters(), &[]);
@@ -81,6 +100,17 @@ fn a_saved_guest_counts_on() {
     bed.json(&["restore", path, "--name", "b", "--detach"]);
     let mut after = bed.console("b");
     assert_no_gap(&(printed + after.at_least(100)));
+}
+
+#[test]
+fn a_guest_that_cannot_be_saved_runs_on() {
+    let bed = Bed::new();
+    bed.run("a", &guest::letters(), &[]);
+    let file = bed.folder().join("nowhere").join("saved");
+    let text = bed.fails(&["save", "a", "--to", file.to_str().unwrap()]);
+    assert!(text.contains("nowhere"), "{text}");
+    assert_eq!(bed.json(&["ps"])["vms"][0]["state"], "running");
+    bed.console("a").at_least(100);
 }
 
 #[test]
