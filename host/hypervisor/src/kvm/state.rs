@@ -245,6 +245,13 @@ impl KvmVcpu {
                 self.write_msr(*index, value)?;
             }
         }
+        // The kernel writes the guest's clock page as it takes these, behind the dirty log.
+        let memory = &self.shared.memory;
+        for place in [msrs.kvmclock_system_time, msrs.kvmclock_wall_clock] {
+            if let Some(page) = memory.page_of(place & !1) {
+                memory.dirty_log().mark(page);
+            }
+        }
         let lapic = kvm_lapic_state {
             regs: state.apic.registers.map(|byte| byte as i8),
         };
