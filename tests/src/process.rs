@@ -171,7 +171,7 @@ extern "C" fn on_interrupt(_signal: libc::c_int) {
     INTERRUPTED.store(true, Ordering::Relaxed);
 }
 
-/// From now on Ctrl-C and SIGTERM are noticed by [`interrupted`] instead of ending the process,
+/// From now on Ctrl-C and SIGTERM are noticed by [`check_interrupt`] instead of ending the process,
 /// so that guards get to end their children.
 pub fn catch_interrupts() {
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {

@@ -24,17 +24,22 @@ impl Cpu {
             return stop;
         }
         loop {
-            if let Some(stop) = self.between() {
+            if let Some(stop) = self.advance() {
                 return stop;
             }
-            let stop = if self.shadow || self.system_flags & TF != 0 {
-                self.run_alone()
-            } else {
-                self.run_blocks()
-            };
-            if let Some(stop) = stop {
-                return stop;
-            }
+        }
+    }
+
+    /// Looks at what may happen between instructions, then runs [`BLOCKS`] blocks at most.
+    #[inline(always)]
+    pub(super) fn advance(&mut self) -> Option<Stop> {
+        if let Some(stop) = self.between() {
+            return Some(stop);
+        }
+        if self.shadow || self.system_flags & TF != 0 {
+            self.run_alone()
+        } else {
+            self.run_blocks()
         }
     }
 
