@@ -5,7 +5,7 @@
 //! - [`protocol`]: what both say, with the table of messages;
 //! - [`ownership`]: who owns the guest when, and how that stays true when things break;
 //! - [`transport`]: TCP and unix sockets behind one trait;
-//! - [`file`]: a guest at rest, in the same frames.
+//! - [`mod@file`]: a guest at rest, in the same frames.
 //!
 //! A page flows from the dirty log through a batch, a frame and a socket straight into guest
 //! memory at the other side. Migration sees guest memory, dirty log and saved states, and knows
