@@ -56,7 +56,7 @@ pub(crate) fn run(arguments: &TestArguments) -> anyhow::Result<()> {
     )?;
     let mut command = Command::new(&cargo);
     command
-        .args(["test", "--workspace", "--no-fail-fast"])
+        .args(["test", "--no-fail-fast"])
         .current_dir(process::root())
         .env(
             "DUNLIN_TEST_BINARY",
@@ -73,7 +73,9 @@ pub(crate) fn run(arguments: &TestArguments) -> anyhow::Result<()> {
         command.env("DUNLIN_TEST_KERNEL", &guest.kernel);
     }
     match arguments.area.as_deref() {
-        None => {}
+        None => {
+            command.arg("--workspace");
+        }
         Some("migration") => {
             command.args([
                 "--package",
