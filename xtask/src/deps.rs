@@ -17,7 +17,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("dunlin-storage", &["dunlin-guest"]),
     ("dunlin-vswitch", &["dunlin-guest"]),
     ("dunlin-hypervisor", &["dunlin-guest", "dunlin-x86"]),
-    ("dunlin-migration", &["dunlin-guest"]),
+    ("dunlin-lane", &[]),
+    ("dunlin-migration", &["dunlin-guest", "dunlin-lane"]),
     (
         "dunlin-devices",
         &["dunlin-guest", "dunlin-storage", "dunlin-vswitch"],

@@ -1,0 +1,29 @@
+//! How control messages and guest pages travel between two hosts.
+//!
+//! - a *control lane* is a duplex byte stream in order;
+//! - a *page lane* ([`PageSender`], [`PageReceiver`]) goes one way and places bytes straight into
+//!   memory that its receiver has granted.
+//!
+//! Page lanes promise no more than RDMA's reliable connections give, so that sockets, verbs and
+//! user-space RoCE fit behind the same two traits:
+//!
+//! 1. A *write* places bytes in a granted window of the receiver. Nobody tells the receiver, and
+//!    the bytes may land in any order, until
+//! 2. a *message* that was sent later **on the same lane** arrives: all writes before it are then
+//!    visible. Between two lanes nothing is ordered.
+//! 3. A [`Buffer`] belongs to the lane from the call that posts it until its completion; the
+//!    sender gets it back by [`PageSender::buffer`].
+//! 4. Memory is granted explicitly, window by window, ahead of the writes to it: registration
+//!    takes time and pins memory. A write outside of what was granted fails at the sender and, when
+//!    the peer is hostile, at the receiver.
+//! 5. A completion says that the peer's *lane* has the bytes. Only a message of the layer above
+//!    says that the peer has used them.
+//!
+//! This crate knows no guest and no protocol above it.
+
+mod page;
+
+pub use page::{
+    Buffer, LaneError, LaneEvent, LaneTraits, PageReceiver, PageSender, Placement, Ticket, Window,
+    WindowRange,
+};
