@@ -60,6 +60,9 @@ pub enum GuestOrigin {
         listen: Endpoint,
         /// What differs from the source's configuration.
         overrides: Overrides,
+        /// Silence after which the source counts as lost, in milliseconds.
+        #[serde(default)]
+        peer_timeout_ms: Option<u64>,
     },
 }
 

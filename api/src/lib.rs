@@ -2,7 +2,7 @@
 //!
 //! - [`name`], [`size`], [`config`]: a VM as the user asked for it, and what is valid;
 //! - [`status`]: what a VM's process tells about itself;
-//! - [`migration`]: asking for a move and following it;
+//! - [`migration`], [`plan`]: asking for a move, what is expected of it, and following it;
 //! - [`error`]: how a request is refused;
 //! - [`place`]: the runtime directory with one folder and one API socket per VM;
 //! - [`launch`]: what a parent tells a new VM process, and what it answers;
@@ -18,6 +18,7 @@ pub mod launch;
 pub mod migration;
 pub mod name;
 pub mod place;
+pub mod plan;
 pub mod probe;
 pub mod route;
 pub mod size;

@@ -7,6 +7,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::error::ApiError;
+use crate::plan::{Compression, MoveMode};
 
 /// Longest pause of the guest at the hand-over, unless asked otherwise.
 pub const DEFAULT_DOWNTIME_MS: u64 = 50;
@@ -89,6 +90,21 @@ pub struct MigrateRequest {
     /// Compare hashes of all memory on both sides.
     #[serde(default)]
     pub verify: Verify,
+    /// Pre-copy, post-copy, or what fits.
+    #[serde(default)]
+    pub mode: MoveMode,
+    /// Connections that carry pages; as many as gain something when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub streams: Option<u16>,
+    /// Whether pages are compressed.
+    #[serde(default)]
+    pub compression: Compression,
+    /// Time for the whole move, in milliseconds; without end when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_ms: Option<u64>,
+    /// Silence of the other side after which it counts as lost, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peer_timeout_ms: Option<u64>,
 }
 
 /// Whether and when both sides compare a hash of all RAM.

@@ -11,6 +11,9 @@ pub const RESUME: &str = "/v1/vm/resume";
 pub const STOP: &str = "/v1/vm/stop";
 /// POST [`crate::migration::MigrateRequest`]: begins a move; answers the migration's status.
 pub const MIGRATE: &str = "/v1/vm/migrate";
+/// POST [`crate::migration::MigrateRequest`]: what such a move would take; nothing moves. Answers
+/// [`crate::plan::MovePrediction`].
+pub const PREDICTION: &str = "/v1/vm/migration/prediction";
 /// POST [`crate::migration::SaveRequest`]: saves the guest and leaves it paused.
 pub const SAVE: &str = "/v1/vm/save";
 /// GET: [`crate::status::ExitReport`].

@@ -193,8 +193,13 @@ fn arrive(
                 witness: None,
             })
         }
-        GuestOrigin::Peer { listen, overrides } => {
-            receive(&build(overrides), &listen, &peers.waiting, parent)
+        GuestOrigin::Peer {
+            listen,
+            overrides,
+            peer_timeout_ms,
+        } => {
+            let options = destination_options(peer_timeout_ms, peers.waiting.clone());
+            receive(&build(overrides), &listen, options, parent)
         }
     }
 }
@@ -209,10 +214,22 @@ fn boot(build: &Build, config: &VmConfig) -> Result<Arrived, ApiError> {
     })
 }
 
+/// How a guest is awaited.
+fn destination_options(peer_timeout_ms: Option<u64>, cancel: CancelToken) -> DestinationOptions {
+    let defaults = DestinationOptions::default();
+    let idle_timeout = peer_timeout_ms.map_or(defaults.idle_timeout, Duration::from_millis);
+    DestinationOptions {
+        idle_timeout,
+        preamble_timeout: defaults.preamble_timeout.min(idle_timeout),
+        cancel,
+        ..defaults
+    }
+}
+
 fn receive(
     build: &Build,
     listen: &Endpoint,
-    waiting: &CancelToken,
+    options: DestinationOptions,
     parent: &mut Parent,
 ) -> Result<Arrived, ApiError> {
     let listener = match listen {
@@ -229,10 +246,6 @@ fn receive(
         None => listen.clone(),
     };
     parent.tell(&LaunchReply::Listening(endpoint));
-    let options = DestinationOptions {
-        cancel: waiting.clone(),
-        ..DestinationOptions::default()
-    };
     let arrival = Destination::new(listener, options)
         .accept(|configuration| build.build_for_peer(configuration));
     match arrival {

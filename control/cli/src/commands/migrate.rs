@@ -34,10 +34,15 @@ pub(super) async fn migrate(args: MigrateArgs, printer: &Printer) -> Result<(), 
     let client = Client::new(&args.name);
     let request = MigrateRequest {
         to: super::absolute_endpoint(args.to)?,
-        downtime_ms: u64::try_from(args.downtime.as_millis()).unwrap_or(u64::MAX),
+        downtime_ms: milliseconds(args.downtime),
         bandwidth: args.bandwidth,
         max_rounds: args.max_rounds,
         verify: args.verify.map(Into::into).unwrap_or_default(),
+        mode: args.mode.into(),
+        streams: args.streams.0,
+        compression: args.compress.into(),
+        timeout_ms: args.timeout.map(milliseconds),
+        peer_timeout_ms: Some(milliseconds(args.peer_timeout)),
     };
     let mut interrupts = Interrupts::listen()?;
     let started: MigrationStatus = client.post(route::MIGRATE, &request).await?;
@@ -70,6 +75,10 @@ pub(super) async fn migrate(args: MigrateArgs, printer: &Printer) -> Result<(), 
         )
     });
     Ok(())
+}
+
+fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Looks until the move is over; an interrupt cancels it, and it is still followed to its end.

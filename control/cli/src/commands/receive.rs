@@ -26,6 +26,7 @@ pub(super) async fn receive(args: ReceiveArgs, printer: &Printer) -> Result<(), 
             engine: args.engine.map(Into::into),
             nets: nets(args.nets)?,
         },
+        peer_timeout_ms: u64::try_from(args.peer_timeout.as_millis()).unwrap_or(u64::MAX),
         taken_before: false,
     };
     // VMs that have arrived and end with this command.
@@ -93,6 +94,7 @@ enum Arrival {
 struct Place {
     listen: Endpoint,
     overrides: Overrides,
+    peer_timeout_ms: u64,
     taken_before: bool,
 }
 
@@ -101,6 +103,7 @@ impl Place {
         let guest = GuestOrigin::Peer {
             listen: self.listen.clone(),
             overrides: self.overrides.clone(),
+            peer_timeout_ms: Some(self.peer_timeout_ms),
         };
         VmProcess::start(guest, Start::AtOnce)
     }

@@ -108,7 +108,11 @@ impl OpenQuestion {
 
 fn options(request: &MigrateRequest) -> MigrationOptions {
     let defaults = MigrationOptions::default();
+    let idle = request.peer_timeout_ms.map(Duration::from_millis);
     MigrationOptions {
+        connect_timeout: idle.unwrap_or(defaults.connect_timeout),
+        idle_timeout: idle.unwrap_or(defaults.idle_timeout),
+        inquiry_timeout: idle.map_or(defaults.inquiry_timeout, |idle| idle.saturating_mul(3)),
         downtime_limit: Duration::from_millis(request.downtime_ms),
         bandwidth_limit: request.bandwidth,
         max_rounds: request.max_rounds.unwrap_or(defaults.max_rounds),
