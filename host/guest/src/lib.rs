@@ -17,7 +17,7 @@ pub mod layout;
 pub mod memory;
 pub mod saved;
 
-pub use dirty::{DirtyLog, DirtyRange, PageSet};
+pub use dirty::{Authorship, DirtyLog, DirtyRange, PageSet, Writer};
 pub use doorbell::Doorbell;
 pub use interrupt::{InterruptLine, Msi, MsiSink};
 pub use memory::{Memory, MemoryError, PageIndex, RamRegion};

@@ -1,4 +1,4 @@
-//! The one dirty log: which pages of guest RAM were written since the last harvest.
+//! The one dirty log: which pages of guest RAM were written since the last harvest, and by whom.
 //!
 //! One byte a page, set by an unconditional store *after* the data was written, cleared by an
 //! atomic swap *before* the page is read. A store of the mark with release order that follows
@@ -7,7 +7,11 @@
 //! does not the mark stays for the next round. A bitmap would need a read before the
 //! read-modify-write to be as cheap, and that read may pass the data in the store buffer.
 //! Marks are always made, whether anybody harvests or not, so that there is no moment of
-//! switching on that a writer could miss. `docs/adr/0002-dirty-log.md` has the measurements.
+//! switching on that a writer could miss. Since any value but zero is a mark, its value names the
+//! [`Writer`] at no cost. `docs/adr/0002-dirty-log.md` has the measurements.
+
+mod set;
+mod writer;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -16,11 +20,20 @@ use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 
 use crate::PAGE_SIZE;
 use crate::memory::PageIndex;
+pub use set::{PageSet, Pages, Runs};
+pub use writer::{Authorship, Writer};
+
+/// Marks in a word of the log.
+const MARKS: usize = 8;
+/// Words of the log that make one word of a [`PageSet`].
+const GROUP: usize = set::WORD as usize / MARKS;
+/// One mark in each byte.
+const ONES: u64 = 0x0101_0101_0101_0101;
 
 /// Marks of every page of guest RAM, by page index.
 #[derive(Debug)]
 pub struct DirtyLog {
-    /// One mark a page, eight to a word, so that a clean run is skipped by the word.
+    /// One mark a page, eight to a word, so that a clean run is skipped by the group of words.
     words: Box<[AtomicU64]>,
     pages: usize,
 }
@@ -28,7 +41,9 @@ pub struct DirtyLog {
 impl DirtyLog {
     /// A log for `pages` pages, all clean.
     pub fn new(pages: usize) -> Self {
-        let words = (0..pages.div_ceil(8)).map(|_| AtomicU64::new(0)).collect();
+        let words = (0..pages.div_ceil(MARKS))
+            .map(|_| AtomicU64::new(0))
+            .collect();
         Self { words, pages }
     }
 
@@ -55,8 +70,14 @@ impl DirtyLog {
     /// Marks one page. Call it after the data was written. A page outside of RAM is ignored.
     #[inline]
     pub fn mark(&self, page: PageIndex) {
+        self.mark_by(page, Writer::MACHINE);
+    }
+
+    /// Marks one page, written by `writer`.
+    #[inline]
+    pub fn mark_by(&self, page: PageIndex, writer: Writer) {
         if let Some(mark) = self.marks().get(page.0 as usize) {
-            mark.store(1, Ordering::Release);
+            mark.store(writer.mark(), Ordering::Release);
         }
     }
 
@@ -67,15 +88,41 @@ impl DirtyLog {
         }
         let first = offset / PAGE_SIZE;
         let last = offset.saturating_add(len - 1) / PAGE_SIZE;
-        for page in first..=last.min(self.pages as u64) {
-            self.mark(PageIndex(page));
+        let end = last.saturating_add(1).min(self.pages as u64);
+        if let Some(marks) = self.marks().get(first as usize..end as usize) {
+            for mark in marks {
+                mark.store(Writer::MACHINE.mark(), Ordering::Release);
+            }
         }
     }
 
     /// Marks every page of `pages`: what a failed attempt to send must put back.
     pub fn mark_all(&self, pages: &PageSet) {
-        for page in pages.iter() {
-            self.mark(page);
+        for (index, &bits) in pages.words().iter().enumerate() {
+            self.mark_bits(index as u64 * set::WORD, bits);
+        }
+    }
+
+    /// Marks page `first` + n for each set bit n: a word of a bitmap that somebody else keeps.
+    #[inline]
+    pub fn mark_bits(&self, first: u64, bits: u64) {
+        if bits == 0 {
+            return;
+        }
+        let at = first as usize;
+        if bits == u64::MAX && at.is_multiple_of(MARKS) && at + 64 <= self.pages {
+            // Other marks of these pages are overwritten by as good ones.
+            for word in &self.words[at / MARKS..][..GROUP] {
+                word.store(ONES, Ordering::Release);
+            }
+            return;
+        }
+        let mut rest = bits;
+        while rest != 0 {
+            self.mark(PageIndex(
+                first.saturating_add(rest.trailing_zeros().into()),
+            ));
+            rest &= rest - 1;
         }
     }
 
@@ -91,120 +138,69 @@ impl DirtyLog {
     /// Any page that is written from here on is marked again, so whoever copies the pages of
     /// `into` after this call has, together with the next harvest, every write.
     pub fn harvest(&self, into: &mut PageSet) {
-        for (index, word) in self.words.iter().enumerate() {
-            if word.load(Ordering::Relaxed) == 0 {
+        self.sweep(into, |_| {});
+    }
+
+    /// Harvests, and counts in `by` who was the last to write each page.
+    pub fn harvest_by(&self, into: &mut PageSet, by: &mut Authorship) {
+        self.sweep(into, |marks| {
+            for mark in marks.to_ne_bytes() {
+                if mark != 0 {
+                    by.add(mark);
+                }
+            }
+        });
+    }
+
+    #[inline]
+    fn sweep(&self, into: &mut PageSet, mut each: impl FnMut(u64)) {
+        for (index, group) in self.words.chunks(GROUP).enumerate() {
+            if !has_marks(group) {
                 continue;
             }
-            let marks = word.swap(0, Ordering::AcqRel).to_ne_bytes();
-            for (byte, mark) in marks.into_iter().enumerate() {
-                if mark != 0 {
-                    into.insert(PageIndex((index * 8 + byte) as u64));
+            let mut bits = 0;
+            for (at, word) in group.iter().enumerate() {
+                if word.load(Ordering::Relaxed) != 0 {
+                    let marks = word.swap(0, Ordering::AcqRel);
+                    bits |= set_bits(marks) << (at * MARKS);
+                    each(marks);
                 }
             }
+            into.insert_word(index, bits);
         }
     }
 
-    /// How many pages are marked now.
+    /// How many pages are marked now. Clears nothing.
     pub fn count(&self) -> u64 {
-        self.marks()
-            .iter()
-            .map(|mark| u64::from(mark.load(Ordering::Relaxed) != 0))
-            .sum()
+        let marked = |group: &[AtomicU64]| {
+            let marks = |word: &AtomicU64| flags(word.load(Ordering::Relaxed)).count_ones();
+            u64::from(group.iter().map(marks).sum::<u32>())
+        };
+        let groups = self.words.chunks(GROUP);
+        groups.filter(|group| has_marks(group)).map(marked).sum()
     }
 }
 
-/// A set of pages, by page index: what one harvest found, or what a peer still misses.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PageSet {
-    words: Vec<u64>,
-    pages: u64,
-    len: u64,
+/// Is a word of the group not zero? Without a branch a word.
+#[inline]
+fn has_marks(group: &[AtomicU64]) -> bool {
+    let load = |sum, word: &AtomicU64| sum | word.load(Ordering::Relaxed);
+    group.iter().fold(0, load) != 0
 }
 
-impl PageSet {
-    /// An empty set over RAM of `pages` pages.
-    pub fn new(pages: u64) -> Self {
-        Self {
-            words: vec![0; pages.div_ceil(64) as usize],
-            pages,
-            len: 0,
-        }
-    }
+/// The highest bit of each byte that is not zero.
+#[inline]
+fn flags(marks: u64) -> u64 {
+    const LOW: u64 = 0x7f * ONES;
+    (((marks & LOW) + LOW) | marks) & !LOW
+}
 
-    /// The set of all pages.
-    pub fn full(pages: u64) -> Self {
-        let mut set = Self::new(pages);
-        for page in 0..pages {
-            set.insert(PageIndex(page));
-        }
-        set
-    }
-
-    /// Number of pages in the set.
-    pub fn len(&self) -> u64 {
-        self.len
-    }
-
-    /// Has the set no page?
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Adds a page; false when it was there, or lies outside of RAM.
-    pub fn insert(&mut self, page: PageIndex) -> bool {
-        if page.0 >= self.pages {
-            return false;
-        }
-        let word = &mut self.words[(page.0 / 64) as usize];
-        let bit = 1 << (page.0 % 64);
-        let new = *word & bit == 0;
-        *word |= bit;
-        self.len += u64::from(new);
-        new
-    }
-
-    /// Removes a page; false when it was not there.
-    pub fn remove(&mut self, page: PageIndex) -> bool {
-        if !self.contains(page) {
-            return false;
-        }
-        self.words[(page.0 / 64) as usize] &= !(1 << (page.0 % 64));
-        self.len -= 1;
-        true
-    }
-
-    /// Is the page in the set?
-    pub fn contains(&self, page: PageIndex) -> bool {
-        page.0 < self.pages && self.words[(page.0 / 64) as usize] & (1 << (page.0 % 64)) != 0
-    }
-
-    /// Adds all pages of `other`.
-    pub fn union(&mut self, other: &PageSet) {
-        for page in other.iter() {
-            self.insert(page);
-        }
-    }
-
-    /// Empties the set.
-    pub fn clear(&mut self) {
-        self.words.fill(0);
-        self.len = 0;
-    }
-
-    /// The pages in ascending order.
-    pub fn iter(&self) -> impl Iterator<Item = PageIndex> + '_ {
-        self.words.iter().enumerate().flat_map(|(index, &word)| {
-            let mut rest = word;
-            std::iter::from_fn(move || {
-                if rest == 0 {
-                    return None;
-                }
-                let bit = rest.trailing_zeros();
-                rest &= rest - 1;
-                Some(PageIndex(index as u64 * 64 + u64::from(bit)))
-            })
-        })
-    }
+/// One bit for each byte that is not zero, the first byte in memory in the lowest.
+#[inline]
+fn set_bits(marks: u64) -> u64 {
+    // Each flag, moved to the lowest bit of its byte, is carried by the product to its place in
+    // the highest byte; no two meet.
+    (flags(marks).to_le() >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56
 }
 
 /// The part of the log that belongs to one region of RAM; what vm-memory calls a bitmap.
@@ -311,20 +307,51 @@ mod tests {
         assert_eq!(copy, original);
     }
 
+    #[test]
+    fn the_log_knows_who_wrote_a_page_last() {
+        let log = DirtyLog::new(1000);
+        log.mark_by(PageIndex(1), Writer::vcpu(0));
+        log.mark_by(PageIndex(2), Writer::vcpu(1));
+        log.mark_by(PageIndex(2), Writer::vcpu(3));
+        log.mark_by(PageIndex(999), Writer::vcpu(5000));
+        log.mark(PageIndex(7));
+        let (mut set, mut by) = (PageSet::new(1000), Authorship::new());
+        log.harvest_by(&mut set, &mut by);
+        assert_eq!(set.len(), 5 - 1);
+        assert_eq!(by.of_vcpus(4), [1, 0, 0, 1]);
+        assert_eq!(by.of(Writer::vcpu(4000)), 1);
+        assert_eq!((by.of(Writer::MACHINE), by.named()), (1, 3));
+        assert_eq!(log.count(), 0);
+    }
+
     proptest! {
         #[test]
-        fn a_page_set_behaves_like_a_set(pages in proptest::collection::vec(0u64..200, 0..100)) {
-            let mut set = PageSet::new(150);
+        fn the_log_is_a_set_of_pages_whatever_its_marks(
+            pages in 1u64..400,
+            marks in proptest::collection::vec((0u64..420, 0u32..300), 0..300),
+            bitmap in any::<u64>(),
+            at in 0u64..400,
+        ) {
+            let log = DirtyLog::new(pages as usize);
             let mut model = std::collections::BTreeSet::new();
-            for page in pages {
-                if page % 3 == 0 {
-                    prop_assert_eq!(set.remove(PageIndex(page)), model.remove(&page));
-                } else {
-                    prop_assert_eq!(set.insert(PageIndex(page)), page < 150 && model.insert(page));
-                }
+            for (page, cpu) in marks {
+                log.mark_by(PageIndex(page), Writer::vcpu(cpu));
+                model.insert(page);
             }
+            for bits in [bitmap, u64::MAX] {
+                log.mark_bits(at, bits);
+                model.extend((0..64).filter(|bit| bits >> bit & 1 == 1).map(|bit| at + bit));
+            }
+            model.retain(|page| *page < pages);
+            prop_assert_eq!(log.count(), model.len() as u64);
+            let mut set = PageSet::new(pages);
+            set.insert(PageIndex(0));
+            log.harvest(&mut set);
+            log.mark_all(&set);
+            model.insert(0);
             prop_assert_eq!(set.len(), model.len() as u64);
-            prop_assert_eq!(set.iter().map(|p| p.0).collect::<Vec<_>>(), model.into_iter().collect::<Vec<_>>());
+            prop_assert_eq!(set.iter().map(|page| page.0).collect::<std::collections::BTreeSet<_>>(), model);
+            prop_assert_eq!(log.count(), set.len());
         }
     }
 }
