@@ -39,6 +39,12 @@ pub enum MigrationError {
         /// The downtime limit.
         limit_ms: f64,
     },
+    /// The time for the whole move is over.
+    #[error("the move was not done after {elapsed_ms:.0} ms")]
+    OutOfTime {
+        /// How long it took until then.
+        elapsed_ms: f64,
+    },
     /// It was told to stop.
     #[error("the migration was cancelled")]
     Cancelled,

@@ -26,9 +26,10 @@ mod wire;
 
 pub use destination::{Arrival, Destination, Stage, Witness};
 pub use error::{MigrationError, MigrationFailure, Whereabouts};
-pub use machine::{DestinationMachine, MachineError, SourceMachine};
+pub use machine::{DestinationMachine, MachineError, Slowdown, SourceMachine};
 pub use options::{
-    CancelToken, DestinationOptions, MigrationOptions, NoConvergence, Progress, Step, Verification,
+    CancelToken, Compression, DestinationOptions, MigrationOptions, Mode, NoConvergence, Progress,
+    Step, Verification,
 };
 pub use ownership::Doubt;
 pub use report::{

@@ -1,5 +1,7 @@
 //! What migration asks of the machine that it moves.
 
+use std::fmt;
+
 use dunlin_guest::{Memory, SavedState};
 
 /// Why the machine could not do what migration asked. The cause is the machine's own error.
@@ -11,6 +13,36 @@ pub struct MachineError {
     /// Why it failed.
     #[source]
     pub source: Box<dyn std::error::Error + Send + Sync>,
+}
+
+/// How much of their time vCPUs are withheld from a guest that writes faster than can be sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Slowdown(u8);
+
+impl Slowdown {
+    /// The guest runs at its full speed.
+    pub const NONE: Self = Self(0);
+    /// The most that may be withheld: a guest that stands still is a downtime.
+    pub const MOST: Self = Self(99);
+
+    /// `percent` of the time; at most [`Slowdown::MOST`].
+    pub const fn percent(percent: u8) -> Self {
+        if percent > Self::MOST.0 {
+            return Self::MOST;
+        }
+        Self(percent)
+    }
+
+    /// Percent of the time that is withheld.
+    pub const fn as_percent(self) -> u8 {
+        self.0
+    }
+}
+
+impl fmt::Display for Slowdown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} %", self.0)
+    }
 }
 
 /// A running machine that may leave this process.
@@ -39,6 +71,14 @@ pub trait SourceMachine: Send {
     /// # Errors
     /// [`MachineError`] when the engine refuses.
     fn stop_dirty_tracking(&mut self) -> Result<(), MachineError>;
+
+    /// Withholds so much of their time from vCPUs from now on, until the next call. The machine
+    /// may choose which vCPUs it takes it from: those that write most. Ended by `Slowdown::NONE`;
+    /// migration calls that whenever the guest stays here.
+    ///
+    /// # Errors
+    /// [`MachineError`] when the engine cannot; migration goes on without.
+    fn throttle(&mut self, slowdown: Slowdown) -> Result<(), MachineError>;
 
     /// Stops vCPUs and devices. Guest memory does not change from the return on.
     ///

@@ -30,6 +30,16 @@ pub struct MigrationOptions {
     pub idle_timeout: Duration,
     /// How long the source asks who owns the guest when the hand-over was left open.
     pub inquiry_timeout: Duration,
+    /// Whether memory goes before the guest, behind it, or as the measurements suggest.
+    pub mode: Mode,
+    /// Page lanes: so many, or, when absent, as many as measured goodput pays for.
+    pub streams: Option<u16>,
+    /// Whether pages are compressed.
+    pub compression: Compression,
+    /// Time for the whole move, after which the guest stays where it is; none when absent.
+    pub timeout: Option<Duration>,
+    /// How long both sides of a post-copy wait for a new connection after theirs broke.
+    pub reconnect_window: Duration,
 }
 
 impl Default for MigrationOptions {
@@ -44,8 +54,39 @@ impl Default for MigrationOptions {
             connect_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(10),
             inquiry_timeout: Duration::from_secs(30),
+            mode: Mode::Auto,
+            streams: None,
+            compression: Compression::Auto,
+            timeout: None,
+            reconnect_window: Duration::from_secs(300),
         }
     }
+}
+
+/// Which side has the memory when the guest changes hands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Pre-copy first; post-copy when that cannot keep the downtime limit.
+    #[default]
+    Auto,
+    /// All memory goes before the guest does.
+    Pre,
+    /// The guest goes after one round, and the rest of its memory follows.
+    Post,
+}
+
+/// Whether pages are made smaller on the way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Compression {
+    /// Where it has been measured to gain time.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
+    /// Always, by LZ4.
+    Lz4,
 }
 
 /// What to do with a guest that writes faster than can be sent.
@@ -83,6 +124,10 @@ pub struct DestinationOptions {
     pub idle_timeout: Duration,
     /// Time for a new connection to say what it is for.
     pub preamble_timeout: Duration,
+    /// Page lanes that one session may have.
+    pub max_lanes: u16,
+    /// How long a guest that lacks memory waits for a new connection after its own broke.
+    pub reconnect_window: Duration,
     /// Ends the wait from another thread.
     pub cancel: CancelToken,
 }
@@ -93,6 +138,8 @@ impl Default for DestinationOptions {
             max_ram: dunlin_guest::layout::MAX_RAM,
             idle_timeout: Duration::from_secs(10),
             preamble_timeout: Duration::from_secs(3),
+            max_lanes: 16,
+            reconnect_window: Duration::from_secs(300),
             cancel: CancelToken::default(),
         }
     }

@@ -4,14 +4,14 @@ use std::time::{Duration, Instant};
 
 use dunlin_guest::{Memory, PageIndex, PageSet};
 
-use super::estimate::Estimate;
 use super::hand_over::Switched;
+use super::policy::{Decision, GiveUp, Observation, Policy, RoundMeasure};
 use super::round::Batch;
 use super::throttle::Throttle;
 use super::{End, Phase};
 use crate::error::MigrationError;
-use crate::machine::SourceMachine;
-use crate::options::{CancelToken, MigrationOptions, NoConvergence, Progress, Step, Verification};
+use crate::machine::{Slowdown, SourceMachine};
+use crate::options::{CancelToken, MigrationOptions, Progress, Step, Verification};
 use crate::ownership::Doubt;
 use crate::protocol::message::{Configuration, KeepAlive, Prepared, Region};
 use crate::protocol::{Message, Preamble, ProtocolError, Purpose, Token};
@@ -21,8 +21,6 @@ use crate::wire::{Patience, Wire};
 
 /// Most pages in a batch without a bandwidth limit.
 const BATCH_PAGES: usize = 128;
-/// Rounds in which what remains may fail to shrink by a tenth.
-const STALE_ROUNDS: u32 = 8;
 /// Time between two calls of the progress callback within a round.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(50);
 /// Round trips measured before copying; each round measures one more.
@@ -39,7 +37,7 @@ pub(super) struct Attempt<'o, 'p> {
     pub(super) memory: Memory,
     pub(super) batch: Batch,
     pub(super) throttle: Throttle,
-    pub(super) estimate: Estimate,
+    pub(super) policy: Policy,
     pub(super) phase: Phase,
     /// Is the guest stopped?
     pub(super) paused: bool,
@@ -50,6 +48,10 @@ pub(super) struct Attempt<'o, 'p> {
     pub(super) next_round: u32,
     /// Number of the last switch-over.
     pub(super) switch_over: u32,
+    /// Live rounds that were confirmed, and bytes of pages a second in the last one.
+    rounds: u32,
+    goodput: f64,
+    slowdown: Slowdown,
     pings: u64,
     /// The last live round: what is harvested since then was dirtied since then.
     round_begun: Instant,
@@ -88,7 +90,7 @@ impl<'o, 'p> Attempt<'o, 'p> {
                     doubt,
                     batch: Batch::new(throttle.batch_pages(BATCH_PAGES)),
                     throttle,
-                    estimate: Estimate::new(),
+                    policy: Policy::new(options),
                     phase: Phase::Copying,
                     paused: false,
                     pending: PageSet::full(memory.pages()),
@@ -96,6 +98,9 @@ impl<'o, 'p> Attempt<'o, 'p> {
                     memory,
                     next_round: 0,
                     switch_over: 0,
+                    rounds: 0,
+                    goodput: 0.0,
+                    slowdown: Slowdown::NONE,
                     pings: 0,
                     round_begun: Instant::now(),
                     started: start.started,
@@ -116,41 +121,69 @@ impl<'o, 'p> Attempt<'o, 'p> {
             self.ping()?;
         }
         machine.start_dirty_tracking()?;
-        let mut best = u64::MAX;
-        let mut stale = 0;
         loop {
             if self.cancel.is_cancelled() {
                 return Err(MigrationError::Cancelled);
             }
             self.harvest(machine)?;
-            let remaining = self.pending.len();
-            let limit = self.options.downtime_limit;
-            let given_up = self.next_round >= self.options.max_rounds
-                || stale >= STALE_ROUNDS
-                || self.report.switch_overs_aborted >= self.options.max_switch_overs;
-            let fits = self.next_round > 0 && self.estimate.fits(remaining, limit);
-            let forced = given_up && self.options.on_no_convergence == NoConvergence::Force;
-            if forced || (fits && !given_up) {
-                match self.switch_over(machine, connector, forced)? {
+            let now = self.observe();
+            match self.policy.decide(&now) {
+                Decision::Round => {}
+                Decision::Throttle(slowdown) => self.throttle_guest(machine, slowdown),
+                Decision::SwitchOver(pause) => match self.switch_over(machine, connector, pause)? {
                     Switched::End(end) => return Ok(end),
-                    // That says nothing about convergence.
-                    Switched::TakenBack => stale = stale.saturating_sub(1),
-                }
-            } else if given_up {
-                return Err(MigrationError::DidNotConverge {
-                    rounds: self.next_round,
-                    remaining_pages: remaining,
-                    predicted_ms: self.estimate.pause(remaining).as_secs_f64() * 1e3,
-                    limit_ms: limit.as_secs_f64() * 1e3,
-                });
+                    Switched::TakenBack => self.policy.taken_back(),
+                },
+                // Not reached: `observe` offers no post-copy.
+                Decision::PostCopy => return Err(self.give_up(&now, GiveUp::DidNotConverge)),
+                Decision::GiveUp(why) => return Err(self.give_up(&now, why)),
             }
             self.live_round()?;
-            if remaining < best - best / 10 {
-                best = remaining;
-                stale = 0;
-            } else {
-                stale += 1;
+        }
+    }
+
+    fn observe(&self) -> Observation {
+        Observation {
+            rounds: self.rounds,
+            elapsed: self.started.elapsed(),
+            remaining_pages: self.pending.len(),
+            dirty_rate: self.report.rounds.last().map_or(0.0, |r| r.dirty_rate),
+            goodput: self.goodput,
+            switch_overs_aborted: self.report.switch_overs_aborted,
+            slowdown: self.slowdown,
+            post_copy: false,
+        }
+    }
+
+    /// A machine that cannot be slowed down is moved as it is.
+    fn throttle_guest(&mut self, machine: &mut dyn SourceMachine, slowdown: Slowdown) {
+        match machine.throttle(slowdown) {
+            Ok(()) => self.slowdown = slowdown,
+            Err(error) => {
+                let error = MigrationError::from(error);
+                tracing::warn!(error = %error.chain(), "the guest is not slowed down");
             }
+        }
+    }
+
+    /// The guest runs on here: at full speed.
+    pub(super) fn unthrottle(&mut self, machine: &mut dyn SourceMachine) {
+        if self.slowdown > Slowdown::NONE {
+            self.throttle_guest(machine, Slowdown::NONE);
+        }
+    }
+
+    fn give_up(&self, now: &Observation, why: GiveUp) -> MigrationError {
+        match why {
+            GiveUp::TimedOut => MigrationError::OutOfTime {
+                elapsed_ms: ms(now.elapsed),
+            },
+            GiveUp::DidNotConverge => MigrationError::DidNotConverge {
+                rounds: self.next_round,
+                remaining_pages: now.remaining_pages,
+                predicted_ms: ms(self.policy.predicted_pause(now.remaining_pages)),
+                limit_ms: ms(self.options.downtime_limit),
+            },
         }
     }
 
@@ -201,7 +234,16 @@ impl<'o, 'p> Attempt<'o, 'p> {
         self.unconfirmed.clear();
         let duration = begun.elapsed();
         let bytes = self.wire.bytes_sent() - bytes_before;
-        self.estimate.round(number, counts.pages, duration);
+        self.rounds += 1;
+        let all = ((counts.pages + counts.zero_pages) * dunlin_guest::PAGE_SIZE) as f64;
+        self.goodput = all / duration.as_secs_f64().max(1e-6);
+        self.policy.round(&RoundMeasure {
+            number,
+            pages: counts.pages,
+            light_pages: counts.zero_pages,
+            bytes,
+            duration,
+        });
         self.report.rounds.push(RoundReport {
             round: number,
             kind: RoundKind::Live,
@@ -283,7 +325,7 @@ impl<'o, 'p> Attempt<'o, 'p> {
                 other => self.hear(other)?,
             }
         }
-        self.estimate.round_trip(begun.elapsed());
+        self.policy.round_trip(begun.elapsed());
         Ok(())
     }
 

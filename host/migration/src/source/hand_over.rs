@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use super::attempt::{Attempt, ms};
-use super::estimate::Overheads;
 use super::inquiry::{self, Verdict};
+use super::policy::{Overheads, Pause};
 use super::{End, Phase};
 use crate::error::MigrationError;
 use crate::machine::SourceMachine;
@@ -36,15 +36,15 @@ enum Pass {
 }
 
 impl Attempt<'_, '_> {
-    /// Stops the guest, sends the rest, and hands over if that keeps the downtime limit. `forced`
-    /// hands over however long it takes.
+    /// Stops the guest, sends the rest, and hands over if that keeps the downtime limit,
+    /// or `pause` has none.
     ///
     /// An error means that the guest is still the source's, and perhaps paused.
     pub(super) fn switch_over(
         &mut self,
         machine: &mut dyn SourceMachine,
         connector: &mut dyn Connector,
-        forced: bool,
+        pause: Pause,
     ) -> Result<Switched, MigrationError> {
         self.switch_over += 1;
         let patience = Patience::Idle(self.options.idle_timeout);
@@ -62,7 +62,7 @@ impl Attempt<'_, '_> {
             ..SwitchOverReport::default()
         };
         let limit = self.options.downtime_limit;
-        let deadline = (!forced).then(|| paused_at + limit - self.estimate.reserve(limit));
+        let deadline = (pause == Pause::Limited).then(|| paused_at + limit - self.policy.reserve());
         match self.last_pass(machine, paused_at, deadline, &mut times)? {
             Pass::Prepared(prepared) => {
                 times.prepared_ms = ms(paused_at.elapsed());
@@ -182,7 +182,7 @@ impl Attempt<'_, '_> {
             round.duration_ms = (now - round.start_ms - restore).max(round.duration_ms);
             round.goodput = round.bytes as f64 / (round.duration_ms / 1e3).max(1e-6);
         }
-        self.estimate.learn(Overheads {
+        self.policy.learn(Overheads {
             stop: Duration::ZERO,
             save: Duration::ZERO,
             restore: Duration::from_micros(prepared.restore_us.min(60_000_000)),
@@ -220,7 +220,7 @@ impl Attempt<'_, '_> {
         );
         self.report.switch_overs_aborted += 1;
         self.report.aborted_pauses_ms.push(ms(pause));
-        self.estimate.learn(Overheads {
+        self.policy.learn(Overheads {
             stop: Duration::from_secs_f64(times.stopped_ms / 1e3),
             save: Duration::from_secs_f64((times.saved_ms - times.stopped_ms).max(0.0) / 1e3),
             restore: Duration::ZERO,

@@ -1,9 +1,9 @@
 //! The side that has the guest.
 
 pub(crate) mod attempt;
-mod estimate;
 mod hand_over;
 mod inquiry;
+mod policy;
 pub(crate) mod round;
 mod throttle;
 
@@ -173,6 +173,7 @@ fn stay(
         tracing::error!(error = %error.chain(), "the guest did not resume");
         guest = Whereabouts::PausedHere;
     }
+    attempt.unthrottle(machine);
     attempt.put_back();
     if let Err(error) = machine.stop_dirty_tracking() {
         let error = MigrationError::from(error);

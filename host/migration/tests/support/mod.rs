@@ -19,7 +19,7 @@ use dunlin_guest::{Memory, PageIndex, SavedState};
 use dunlin_migration::transport::{Connector, Listener, UnixConnector};
 use dunlin_migration::{
     Arrival, CancelToken, Destination, DestinationMachine, DestinationOptions, MachineError,
-    MigrationError, MigrationOptions, SourceMachine,
+    MigrationError, MigrationOptions, Slowdown, SourceMachine,
 };
 use prost::Message as _;
 
@@ -341,6 +341,10 @@ impl SourceMachine for SourceSide {
 
     fn stop_dirty_tracking(&mut self) -> Result<(), MachineError> {
         self.tracking = false;
+        Ok(())
+    }
+
+    fn throttle(&mut self, _slowdown: Slowdown) -> Result<(), MachineError> {
         Ok(())
     }
 

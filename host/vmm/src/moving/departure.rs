@@ -11,8 +11,8 @@ use dunlin_guest::{Memory, SavedState};
 use dunlin_hypervisor::Vm;
 use dunlin_migration::transport::{Connector, TcpConnector, UnixConnector};
 use dunlin_migration::{
-    Doubt, MachineError, MigrationError, MigrationFailure, MigrationOptions, Source, SourceMachine,
-    Verdict, Verification, Whereabouts, resolve,
+    Doubt, MachineError, MigrationError, MigrationFailure, MigrationOptions, Slowdown, Source,
+    SourceMachine, Verdict, Verification, Whereabouts, resolve,
 };
 use tokio::sync::oneshot;
 
@@ -225,6 +225,13 @@ impl SourceMachine for Departure {
     fn stop_dirty_tracking(&mut self) -> Result<(), MachineError> {
         let stopped = self.vm.stop_dirty_tracking();
         stopped.map_err(|error| machine_error("end the tracking of written pages", error))
+    }
+
+    fn throttle(&mut self, slowdown: Slowdown) -> Result<(), MachineError> {
+        if slowdown > Slowdown::NONE {
+            tracing::debug!(%slowdown, "this machine's processors cannot be slowed down");
+        }
+        Ok(())
     }
 
     fn pause(&mut self) -> Result<(), MachineError> {

@@ -6,7 +6,7 @@ use dunlin_api::error::chain;
 use dunlin_api::snapshot::{SnapshotComponent, SnapshotReport};
 use dunlin_api::{ApiError, ErrorCode};
 use dunlin_guest::{Memory, SavedState};
-use dunlin_migration::{MachineError, MigrationError, SourceMachine, file};
+use dunlin_migration::{MachineError, MigrationError, Slowdown, SourceMachine, file};
 
 use super::{ArrivingMachine, Build, decode_config, encode_config, machine_error};
 use crate::machine::Machine;
@@ -32,6 +32,10 @@ impl SourceMachine for PausedMachine<'_> {
     }
 
     fn stop_dirty_tracking(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn throttle(&mut self, _slowdown: Slowdown) -> Result<(), MachineError> {
         Ok(())
     }
 

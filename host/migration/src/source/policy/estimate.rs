@@ -26,13 +26,13 @@ const START: Duration = Duration::from_millis(1);
 
 /// The parts of a pause that do not grow with the pages that remain.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Overheads {
+pub(in crate::source) struct Overheads {
     /// Stopping vCPUs and devices.
-    pub(super) stop: Duration,
+    pub(in crate::source) stop: Duration,
     /// Saving states and finding the last pages.
-    pub(super) save: Duration,
+    pub(in crate::source) save: Duration,
     /// Restoring at the destination.
-    pub(super) restore: Duration,
+    pub(in crate::source) restore: Duration,
 }
 
 impl Overheads {
