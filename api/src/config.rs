@@ -115,6 +115,47 @@ pub struct NetConfig {
     pub mac: Option<MacText>,
 }
 
+/// Where the bytes of a debug console go, as text `unix:PATH` or `file:PATH`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum DebugConsoleConfig {
+    /// A unix stream socket on which somebody listens.
+    Unix(PathBuf),
+    /// A file, which is appended to.
+    File(PathBuf),
+}
+
+impl FromStr for DebugConsoleConfig {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        match text.split_once(':') {
+            Some(("unix", path)) if !path.is_empty() => Ok(Self::Unix(path.into())),
+            Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
+            _ => Err(ConfigError::DebugConsole {
+                text: text.chars().take(64).collect(),
+            }),
+        }
+    }
+}
+
+impl TryFrom<String> for DebugConsoleConfig {
+    type Error = ConfigError;
+
+    fn try_from(text: String) -> Result<Self, ConfigError> {
+        text.parse()
+    }
+}
+
+impl From<DebugConsoleConfig> for String {
+    fn from(config: DebugConsoleConfig) -> String {
+        match config {
+            DebugConsoleConfig::Unix(path) => format!("unix:{}", path.display()),
+            DebugConsoleConfig::File(path) => format!("file:{}", path.display()),
+        }
+    }
+}
+
 /// A VM as the user asked for it. [`VmConfig::validate`] says whether it can be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -149,6 +190,9 @@ pub struct VmConfig {
     /// What a guest's reboot does.
     #[serde(default)]
     pub on_reboot: OnReboot,
+    /// Where the bytes go that the guest writes to its debug port; no such port when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub debug_console: Option<DebugConsoleConfig>,
 }
 
 /// Why a configuration cannot be.
@@ -219,6 +263,12 @@ pub enum ConfigError {
         name: VmName,
         /// The address.
         mac: MacText,
+    },
+    /// Not a place for a debug console's bytes.
+    #[error("\"{text}\" is no place for the debug console: write unix:PATH or file:PATH")]
+    DebugConsole {
+        /// What was given.
+        text: String,
     },
     /// Not an Ethernet address.
     #[error("\"{text}\" is not a unicast Ethernet address such as 52:54:00:12:34:56")]
@@ -336,6 +386,7 @@ mod tests {
             engine: EngineChoice::Auto,
             baseline: None,
             on_reboot: OnReboot::Restart,
+            debug_console: Some(DebugConsoleConfig::File("/tmp/debug".into())),
         }
     }
 
@@ -424,6 +475,17 @@ mod tests {
         assert_eq!(macs, config.macs());
         assert_ne!(macs[0], macs[1]);
         assert_eq!(macs[0].0[0] & 1, 0);
+    }
+
+    #[test]
+    fn places_for_a_debug_console_are_read_and_written() {
+        for text in ["unix:/run/x.sock", "file:/tmp/a:b"] {
+            let place: DebugConsoleConfig = text.parse().unwrap();
+            assert_eq!(String::from(place), text);
+        }
+        for bad in ["", "unix:", "/tmp/x", "tcp:1"] {
+            assert!(bad.parse::<DebugConsoleConfig>().is_err(), "{bad}");
+        }
     }
 
     #[test]

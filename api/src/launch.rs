@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{EngineChoice, NetConfig, VmConfig};
+use crate::config::{DebugConsoleConfig, EngineChoice, NetConfig, VmConfig};
 use crate::error::ApiError;
 use crate::migration::Endpoint;
 use crate::name::VmName;
@@ -78,6 +78,9 @@ pub struct Overrides {
     /// Switch ports of this host, in the order of the guest's devices; the addresses stay.
     #[serde(default)]
     pub nets: Vec<NetConfig>,
+    /// Another place for the bytes of the guest's debug console, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub debug_console: Option<DebugConsoleConfig>,
 }
 
 impl Overrides {
@@ -96,6 +99,9 @@ impl Overrides {
         }
         if let Some(engine) = self.engine {
             config.engine = engine;
+        }
+        if let (Some(place), Some(here)) = (&mut config.debug_console, &self.debug_console) {
+            place.clone_from(here);
         }
     }
 }
@@ -150,6 +156,7 @@ mod tests {
             engine: EngineChoice::Auto,
             baseline: None,
             on_reboot: OnReboot::Restart,
+            debug_console: None,
         };
         let before = config.macs();
         Overrides {
@@ -159,8 +166,11 @@ mod tests {
                 switch: "/new".into(),
                 mac: None,
             }],
+            debug_console: Some(DebugConsoleConfig::Unix("/new".into())),
         }
         .apply(&mut config);
+        // A guest without the port does not get one by moving.
+        assert_eq!(config.debug_console, None);
         assert_eq!(config.macs(), before);
         assert_eq!(config.nets[0].switch, PathBuf::from("/new"));
         assert_eq!(config.name.as_str(), "b");

@@ -25,7 +25,10 @@ pub mod size;
 pub mod snapshot;
 pub mod status;
 
-pub use config::{ConfigError, DiskConfig, EngineChoice, MacText, NetConfig, OnReboot, VmConfig};
+pub use config::{
+    ConfigError, DebugConsoleConfig, DiskConfig, EngineChoice, MacText, NetConfig, OnReboot,
+    VmConfig,
+};
 pub use error::{ApiError, ErrorCode};
 pub use name::{NameError, VmName};
 

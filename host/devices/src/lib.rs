@@ -7,6 +7,7 @@
 pub mod acpi;
 pub mod bus;
 pub mod component;
+pub mod debug_console;
 pub mod ioapic;
 pub mod pci;
 pub mod power;

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
 use dunlin_api::size::parse_size;
-use dunlin_api::{EngineChoice, MacText, OnReboot, VmName};
+use dunlin_api::{DebugConsoleConfig, EngineChoice, MacText, OnReboot, VmName};
 
 /// Arguments of `run`.
 #[derive(Debug, Args)]
@@ -40,6 +40,9 @@ pub struct RunArgs {
     /// What a reboot of the guest does
     #[arg(long, value_enum, default_value_t = OnRebootArgument::Restart)]
     pub on_reboot: OnRebootArgument,
+    /// Give the guest a debug port (0xe9), whose bytes go to a socket or are appended to a file
+    #[arg(long, value_name = "unix:PATH|file:PATH")]
+    pub debugcon: Option<DebugConsoleConfig>,
     /// Name of the VM; "vm-" and the process id when absent
     #[arg(long)]
     pub name: Option<VmName>,
@@ -62,6 +65,9 @@ pub struct RestoreArgs {
     /// Another engine than the saved one
     #[arg(long, value_enum)]
     pub engine: Option<EngineArgument>,
+    /// Another place than the saved one for the bytes of the guest's debug port
+    #[arg(long, value_name = "unix:PATH|file:PATH")]
+    pub debugcon: Option<DebugConsoleConfig>,
     /// Return when the guest runs; "dunlin console" attaches
     #[arg(long)]
     pub detach: bool,

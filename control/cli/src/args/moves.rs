@@ -5,10 +5,10 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use dunlin_api::VmName;
 use dunlin_api::migration::{Endpoint, Verify};
 use dunlin_api::plan::{Compression, MoveMode};
 use dunlin_api::size::{parse_duration, parse_size};
+use dunlin_api::{DebugConsoleConfig, VmName};
 
 use super::guest::{EngineArgument, NetArgument};
 
@@ -183,6 +183,9 @@ pub struct ReceiveArgs {
     /// Another engine than at the source
     #[arg(long, value_enum)]
     pub engine: Option<EngineArgument>,
+    /// Another place than at the source for the bytes of the guest's debug port
+    #[arg(long, value_name = "unix:PATH|file:PATH")]
+    pub debugcon: Option<DebugConsoleConfig>,
     /// Silence after which the other side counts as lost
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
     pub peer_timeout: Duration,

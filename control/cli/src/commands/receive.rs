@@ -9,7 +9,7 @@ use dunlin_api::status::VmStatus;
 use tokio::task::JoinSet;
 
 use super::absolute_endpoint;
-use super::run::nets;
+use super::run::{debug_console, nets};
 use crate::args::ReceiveArgs;
 use crate::error::CliError;
 use crate::launch::VmProcess;
@@ -25,6 +25,7 @@ pub(super) async fn receive(args: ReceiveArgs, printer: &Printer) -> Result<(), 
             name: args.name,
             engine: args.engine.map(Into::into),
             nets: nets(args.nets)?,
+            debug_console: args.debugcon.map(debug_console).transpose()?,
         },
         peer_timeout_ms: u64::try_from(args.peer_timeout.as_millis()).unwrap_or(u64::MAX),
         taken_before: false,

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use dunlin_api::launch::{GuestOrigin, LaunchReply, Overrides, Start};
 use dunlin_api::status::{VmState, VmStatus};
-use dunlin_api::{DiskConfig, NetConfig, VERSION, VmConfig, VmName};
+use dunlin_api::{DebugConsoleConfig, DiskConfig, NetConfig, VERSION, VmConfig, VmName};
 
 use super::absolute;
 use crate::args::{DiskArgument, NetArgument, RestoreArgs, RunArgs};
@@ -30,6 +30,7 @@ pub(super) async fn restore(args: RestoreArgs, printer: &Printer) -> Result<Exit
             name: args.name,
             engine: args.engine.map(Into::into),
             nets: nets(args.nets)?,
+            debug_console: args.debugcon.map(debug_console).transpose()?,
         },
     };
     start(guest, args.detach, printer).await
@@ -53,6 +54,7 @@ fn configuration(args: RunArgs) -> Result<VmConfig, CliError> {
         engine: args.engine.into(),
         baseline: args.baseline,
         on_reboot: args.on_reboot.into(),
+        debug_console: args.debugcon.map(debug_console).transpose()?,
     })
 }
 
@@ -79,6 +81,14 @@ pub(super) fn nets(nets: Vec<NetArgument>) -> Result<Vec<NetConfig>, CliError> {
             })
         })
         .collect()
+}
+
+/// A place for a debug console's bytes that means the same in another process.
+pub(super) fn debug_console(place: DebugConsoleConfig) -> Result<DebugConsoleConfig, CliError> {
+    Ok(match place {
+        DebugConsoleConfig::Unix(path) => DebugConsoleConfig::Unix(absolute(&path)?),
+        DebugConsoleConfig::File(path) => DebugConsoleConfig::File(absolute(&path)?),
+    })
 }
 
 async fn start(guest: GuestOrigin, detach: bool, printer: &Printer) -> Result<ExitCode, CliError> {

@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use dunlin_api::{DiskConfig, MacText, NetConfig, VmConfig};
+use dunlin_api::{DebugConsoleConfig, DiskConfig, MacText, NetConfig, VmConfig};
 use dunlin_devices::bus::{Bus, RangeError};
 use dunlin_devices::component::Component;
+use dunlin_devices::debug_console::{DebugConsole, DebugConsoleError, DebugOutput};
 use dunlin_devices::ioapic::IoApic;
 use dunlin_devices::pci::{Address, DoorbellHost, Function, RootComplex, RootError};
 use dunlin_devices::power::PowerDevice;
@@ -72,6 +73,9 @@ pub enum AssemblyError {
     /// The host gave no descriptor for the console.
     #[error("failed to make the virtio console")]
     Console(#[source] std::io::Error),
+    /// The debug console's bytes cannot go where they should.
+    #[error(transparent)]
+    DebugConsole(#[from] DebugConsoleError),
     /// A disk cannot be opened.
     #[error(transparent)]
     Disk(#[from] DiskError),
@@ -131,6 +135,11 @@ pub(crate) fn assemble(blueprint: &Blueprint) -> Result<Machine, AssemblyError> 
     blueprint.console.connect(ports, active);
     let mut components = functions;
     components.extend(chipset.components());
+    if let Some(place) = &config.debug_console {
+        let device = DebugConsole::open(&debug_output(place))?;
+        device.attach(&chipset.buses.ports)?;
+        components.push(device);
+    }
     Ok(Machine {
         config: config.clone(),
         engine_reason: chosen.reason,
@@ -236,6 +245,13 @@ fn open_port(
             source,
         }
     })
+}
+
+fn debug_output(place: &DebugConsoleConfig) -> DebugOutput {
+    match place {
+        DebugConsoleConfig::Unix(path) => DebugOutput::Socket(path.clone()),
+        DebugConsoleConfig::File(path) => DebugOutput::File(path.clone()),
+    }
 }
 
 fn open_disk(disk: &DiskConfig) -> Result<(RawDisk, ImageLock), AssemblyError> {

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 
-use dunlin_api::{DiskConfig, EngineChoice, NetConfig, OnReboot};
+use dunlin_api::{DebugConsoleConfig, DiskConfig, EngineChoice, NetConfig, OnReboot};
 
 use super::*;
 use crate::console::ConsoleHub;
@@ -30,6 +30,7 @@ fn blueprint(folder: &std::path::Path) -> Blueprint {
             engine: EngineChoice::Soft,
             baseline: None,
             on_reboot: OnReboot::Restart,
+            debug_console: Some(DebugConsoleConfig::File(folder.join("debug"))),
         },
         directory: folder.to_owned(),
         console: ConsoleHub::new(),
