@@ -44,6 +44,10 @@ pub struct VmStatus {
     pub cpus: u32,
     /// RAM in bytes.
     pub memory_bytes: u64,
+    /// Percent of its time that each processor sleeps so that a move can end; empty when none
+    /// does.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub throttled_percent: Vec<u8>,
     /// Milliseconds since this process took the guest.
     pub uptime_ms: u64,
     /// Why the VM left `running`, when it did.

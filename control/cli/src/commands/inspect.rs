@@ -79,6 +79,14 @@ fn describe_status(status: &VmStatus, config: &VmConfig) -> String {
             format!("{mac} on {}", net.switch.display()),
         ]);
     }
+    if !status.throttled_percent.is_empty() {
+        let shares = status.throttled_percent.iter();
+        let shares: Vec<_> = shares.map(|percent| format!("{percent} %")).collect();
+        rows.push(vec![
+            "slowed down".into(),
+            format!("by {} for a move", shares.join(", ")),
+        ]);
+    }
     if let Some(reason) = &status.reason {
         rows.push(vec!["reason".into(), reason.clone()]);
     }

@@ -76,6 +76,8 @@ pub(crate) enum MoveCall {
     TakeBack(Reply<()>),
     /// The state of every component.
     Save(Reply<Vec<SavedState>>),
+    /// Each processor sleeps for so many percent of its time.
+    Throttle(Vec<u8>, Reply<()>),
 }
 
 /// Reaches the lifecycle from other threads.
@@ -312,6 +314,7 @@ impl Lifecycle {
             engine_reason: self.machine.engine_reason().into(),
             cpus: config.cpus,
             memory_bytes: config.memory_bytes,
+            throttled_percent: self.machine.throttled(),
             uptime_ms: u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX),
             reason: self.ending.as_ref().map(Ending::describe),
         }

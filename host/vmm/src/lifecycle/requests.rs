@@ -162,6 +162,10 @@ impl Lifecycle {
                 let states = self.machine.save();
                 answer(reply, states.map_err(|error| host(&error)));
             }
+            MoveCall::Throttle(percent, reply) => {
+                let throttled = self.machine.throttle(&percent);
+                answer(reply, throttled.map_err(|error| host(&error)));
+            }
         }
     }
 
@@ -193,6 +197,10 @@ impl Lifecycle {
         if let Some(thread) = self.moving.take() {
             // Its last act was to send this message.
             let _panicked = thread.join();
+        }
+        // However it ended: nobody else would take it off.
+        if let Err(error) = self.machine.throttle(&[]) {
+            tracing::error!(error = chain(&error), "a processor stays slowed down");
         }
         let transition = match end.outcome {
             MoveOutcome::Moved => Some(Transition::HandOver),

@@ -24,7 +24,7 @@ use dunlin_vswitch::{MacAddress, PortError, UnixPort};
 use dunlin_x86::cpuid::{Baseline, X86_64_V2};
 
 use super::events::MachineEvents;
-use super::vcpu::{Buses, VcpuError, VcpuThread};
+use super::vcpu::{Buses, Pacer, VcpuError, VcpuThread};
 use super::{Machine, engine};
 use crate::console::{ActivePort, ConsoleHub, ParavirtualOutput, Ports};
 
@@ -270,11 +270,18 @@ fn start_vcpus(
     buses: &Buses,
     blueprint: &Blueprint,
 ) -> Result<Vec<VcpuThread>, AssemblyError> {
+    let pacer = Arc::<Pacer>::default();
     (0..blueprint.config.cpus)
         .map(|index| {
             let id = VcpuId(index);
             let vcpu = vm.create_vcpu(id)?;
-            let thread = VcpuThread::start(id, vcpu, buses.clone(), blueprint.events.clone())?;
+            let thread = VcpuThread::start(
+                id,
+                vcpu,
+                buses.clone(),
+                blueprint.events.clone(),
+                pacer.clone(),
+            )?;
             Ok(thread)
         })
         .collect()

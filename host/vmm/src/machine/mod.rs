@@ -32,7 +32,7 @@ pub(crate) use assembly::{Blueprint, assemble};
 pub use entry::BootError;
 pub use saved::StateError;
 pub use vcpu::VcpuError;
-use vcpu::{Buses, VcpuThread};
+use vcpu::{Buses, SleepShare, VcpuThread};
 
 /// Why a machine could not be stopped or go on.
 #[derive(Debug, thiserror::Error)]
@@ -141,6 +141,29 @@ impl Machine {
     /// Gives the locks of all disks back.
     pub(crate) fn unlock_disks(&self) {
         self.locks.iter().for_each(release);
+    }
+
+    /// Makes each processor sleep for so many percent of its time; those that `percent` does not
+    /// name run freely.
+    pub(crate) fn throttle(&self, percent: &[u8]) -> Result<(), VcpuError> {
+        let percent = percent.iter().copied().chain(std::iter::repeat(0));
+        for (vcpu, percent) in self.vcpus.iter().zip(percent) {
+            vcpu.throttle(SleepShare::percent(percent))?;
+        }
+        Ok(())
+    }
+
+    /// Percent of its time that each processor sleeps; empty when all run freely.
+    pub(crate) fn throttled(&self) -> Vec<u8> {
+        let shares = self
+            .vcpus
+            .iter()
+            .map(|vcpu| vcpu.sleep_share().as_percent());
+        let shares: Vec<u8> = shares.collect();
+        if shares.iter().all(|&share| share == 0) {
+            return Vec::new();
+        }
+        shares
     }
 
     /// Exits of each processor.

@@ -4,15 +4,19 @@
 //!            Run                       Pause, or the machine must stop
 //!   Parked ───────► Running ─► run() ──────────────────────────────► Parked
 //!     │                ▲          │ exit: buses, I/O APIC
-//!     └ save, restore  └──────────┘
+//!     └ save, restore  └──────────┘ kicked: commands, and perhaps a sleep
 //! ```
 //!
 //! The thread owns its vCPU. Others send it a [`Command`] and kick it; it answers each.
+//! [`throttle`] says when it sleeps.
+
+mod throttle;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use dunlin_devices::bus::Bus;
 use dunlin_devices::ioapic::IoApic;
@@ -20,6 +24,8 @@ use dunlin_hypervisor::{EngineError, Exit, Vcpu, VcpuExitCounts, VcpuHandle, Vcp
 use dunlin_x86::state::CpuState;
 
 use super::events::{MachineEvent, MachineEvents};
+use throttle::{Pace, Rhythm};
+pub(crate) use throttle::{Pacer, SleepShare};
 
 /// What a vCPU's thread is asked to do. Every command is answered, or the thread is gone.
 enum Command {
@@ -28,6 +34,7 @@ enum Command {
     Save(Sender<Result<CpuState, EngineError>>),
     Restore(Box<CpuState>, Sender<Result<(), EngineError>>),
     Counts(Sender<VcpuExitCounts>),
+    Throttle(SleepShare),
     End,
 }
 
@@ -75,6 +82,8 @@ pub(crate) struct VcpuThread {
     commands: Sender<Command>,
     handle: Arc<dyn VcpuHandle>,
     end_of_interrupts: Arc<AtomicU64>,
+    /// Percent of its time that it was last asked to sleep.
+    sleep_share: AtomicU8,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -86,6 +95,7 @@ impl std::fmt::Debug for Command {
             Self::Save(_) => "Save",
             Self::Restore(..) => "Restore",
             Self::Counts(_) => "Counts",
+            Self::Throttle(_) => "Throttle",
             Self::End => "End",
         })
     }
@@ -98,6 +108,7 @@ impl VcpuThread {
         vcpu: Box<dyn Vcpu>,
         buses: Buses,
         events: MachineEvents,
+        pacer: Arc<Pacer>,
     ) -> Result<Self, VcpuError> {
         let (commands, receiver) = mpsc::channel();
         let handle = vcpu.handle();
@@ -109,6 +120,9 @@ impl VcpuThread {
             events,
             commands: receiver,
             end_of_interrupts: Arc::clone(&end_of_interrupts),
+            handle: Arc::clone(&handle),
+            pacer,
+            rhythm: Rhythm::default(),
         };
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{}", id.0))
@@ -119,6 +133,7 @@ impl VcpuThread {
             commands,
             handle,
             end_of_interrupts,
+            sleep_share: AtomicU8::new(0),
             thread: Some(thread),
         })
     }
@@ -170,6 +185,20 @@ impl VcpuThread {
         self.answer(&receiver)
     }
 
+    /// Makes it sleep for a share of its time from now on.
+    pub(crate) fn throttle(&self, share: SleepShare) -> Result<(), VcpuError> {
+        let percent = share.as_percent();
+        if self.sleep_share.swap(percent, Ordering::Relaxed) == percent {
+            return Ok(());
+        }
+        self.send(Command::Throttle(share))
+    }
+
+    /// The share of its time that it sleeps.
+    pub(crate) fn sleep_share(&self) -> SleepShare {
+        SleepShare::percent(self.sleep_share.load(Ordering::Relaxed))
+    }
+
     /// Exits by kind, and the ends of level-triggered interrupts.
     pub(crate) fn counts(&self) -> Result<(VcpuExitCounts, u64), VcpuError> {
         let (sender, receiver) = mpsc::channel();
@@ -211,6 +240,10 @@ struct Runner {
     events: MachineEvents,
     commands: Receiver<Command>,
     end_of_interrupts: Arc<AtomicU64>,
+    /// Its own, for the pacer.
+    handle: Arc<dyn VcpuHandle>,
+    pacer: Arc<Pacer>,
+    rhythm: Rhythm,
 }
 
 /// What the loop does next.
@@ -264,7 +297,12 @@ impl Runner {
                 self.end_of_interrupts.fetch_add(1, Ordering::Relaxed);
                 self.buses.ioapic.end_of_interrupt(vector);
             }
-            Ok(Exit::Kicked) => return self.obey_waiting(),
+            Ok(Exit::Kicked) => {
+                return match self.obey_waiting() {
+                    Mode::Running => self.keep_pace(),
+                    mode => mode,
+                };
+            }
             Ok(Exit::Shutdown) => {
                 self.events.send(MachineEvent::TripleFault);
                 return Mode::Parked;
@@ -289,10 +327,54 @@ impl Runner {
         mode
     }
 
+    /// Sleeps when it has run for as long as it may; between two instructions, with no lock held.
+    fn keep_pace(&mut self) -> Mode {
+        let Pace::Sleep(time) = self.rhythm.pace(throttle::used()) else {
+            self.set_pacer();
+            return Mode::Running;
+        };
+        let until = Instant::now() + time;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let mode = match self.commands.recv_timeout(left) {
+                Ok(command @ Command::Throttle(_)) => {
+                    self.obey(command, Mode::Running);
+                    break;
+                }
+                Ok(command) => self.obey(command, Mode::Running),
+                Err(mpsc::RecvTimeoutError::Timeout) => break,
+                Err(mpsc::RecvTimeoutError::Disconnected) => Mode::Ended,
+            };
+            if mode != Mode::Running {
+                return mode;
+            }
+        }
+        self.rhythm.woke(throttle::used());
+        self.set_pacer();
+        Mode::Running
+    }
+
+    /// Has itself kicked when its slice is used.
+    fn set_pacer(&self) {
+        if let Pace::Run(time) = self.rhythm.pace(throttle::used()) {
+            self.pacer.kick_after(time, &self.handle);
+        }
+    }
+
     /// Whoever asked may have stopped waiting: an answer that nobody takes is dropped.
     fn obey(&mut self, command: Command, mode: Mode) -> Mode {
         match command {
-            Command::Run => return Mode::Running,
+            Command::Run => {
+                self.rhythm.woke(throttle::used());
+                self.set_pacer();
+                return Mode::Running;
+            }
+            Command::Throttle(share) => {
+                self.rhythm.set(share, throttle::used());
+                if mode == Mode::Running {
+                    self.set_pacer();
+                }
+            }
             Command::End => return Mode::Ended,
             Command::Pause(answer) => {
                 let _unheard = answer.send(self.vcpu.quiesce());

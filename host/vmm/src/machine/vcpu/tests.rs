@@ -18,6 +18,8 @@ enum Step {
     Panic,
     /// Waits to be kicked, as a halted processor does.
     Halt,
+    /// Computes until it is kicked.
+    Compute,
 }
 
 #[derive(Debug, Default)]
@@ -40,12 +42,22 @@ struct Scripted {
     data: [u8; 1],
     kick: Arc<Kick>,
     state: CpuState,
+    /// Hears at each kick amid computing what processor time was used.
+    computed: Sender<Duration>,
 }
 
 impl Vcpu for Scripted {
     fn run(&mut self) -> Result<Exit<'_>, EngineError> {
         let step = self.steps.get(self.next).copied().unwrap_or(Step::Halt);
         let mut pending = self.kick.pending.lock().unwrap();
+        if matches!(step, Step::Compute) {
+            while !*pending {
+                drop(pending);
+                (0..1000).for_each(|_| std::hint::spin_loop());
+                pending = self.kick.pending.lock().unwrap();
+            }
+            let _unheard = self.computed.send(throttle::used());
+        }
         if matches!(step, Step::Halt) {
             while !*pending {
                 pending = self.kick.changed.wait(pending).unwrap();
@@ -76,7 +88,7 @@ impl Vcpu for Scripted {
                 });
             }
             Step::Panic => panic!("scripted"),
-            Step::Halt => Exit::Kicked,
+            Step::Halt | Step::Compute => Exit::Kicked,
         })
     }
 
@@ -133,6 +145,7 @@ struct Bench {
     written: Receiver<u8>,
     events: Receiver<MachineEvent>,
     machine: MachineEvents,
+    computed: Receiver<Duration>,
 }
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -153,19 +166,29 @@ fn bench(steps: &[Step]) -> Bench {
         mmio: Bus::new(),
         ioapic: IoApic::new(Arc::new(NoSink)),
     };
+    let (sender, computed) = mpsc::channel();
     let vcpu = Scripted {
         steps: steps.to_vec(),
         next: 0,
         data: [0],
         kick: Arc::default(),
         state: CpuState::default(),
+        computed: sender,
     };
-    let vcpu = VcpuThread::start(VcpuId(0), Box::new(vcpu), buses, machine.clone()).unwrap();
+    let vcpu = VcpuThread::start(
+        VcpuId(0),
+        Box::new(vcpu),
+        buses,
+        machine.clone(),
+        Arc::default(),
+    )
+    .unwrap();
     Bench {
         vcpu,
         written,
         events,
         machine,
+        computed,
     }
 }
 
@@ -236,4 +259,39 @@ fn after_a_request_to_end_no_further_step_is_made() {
     assert_eq!(bench.written.recv_timeout(LIMIT), Ok(1));
     bench.vcpu.begin_pause().unwrap().wait().unwrap();
     assert!(bench.written.try_recv().is_err());
+}
+
+#[test]
+fn a_throttled_processor_uses_no_more_than_its_share() {
+    let bench = bench(&[Step::Compute]);
+    bench.vcpu.throttle(SleepShare::percent(80)).unwrap();
+    bench.vcpu.run().unwrap();
+    let first = bench.computed.recv_timeout(LIMIT).unwrap();
+    let begun = Instant::now();
+    let last = (0..40).map(|_| bench.computed.recv_timeout(LIMIT).unwrap());
+    let used = last.last().unwrap() - first;
+    // A busy host takes time from it, but gives none.
+    let share = used.as_secs_f64() / begun.elapsed().as_secs_f64();
+    assert!(share < 0.4, "{share}");
+    assert_eq!(bench.vcpu.sleep_share().as_percent(), 80);
+}
+
+#[test]
+fn a_sleeping_processor_obeys_at_once_and_runs_freely_afterwards() {
+    let bench = bench(&[Step::Compute]);
+    bench.vcpu.throttle(SleepShare::percent(99)).unwrap();
+    bench.vcpu.run().unwrap();
+    for _ in 0..5 {
+        bench.computed.recv_timeout(LIMIT).unwrap();
+        bench.vcpu.begin_pause().unwrap().wait().unwrap();
+        bench.vcpu.save().unwrap();
+        bench.vcpu.run().unwrap();
+    }
+    bench.vcpu.throttle(SleepShare::default()).unwrap();
+    bench.vcpu.begin_pause().unwrap().wait().unwrap();
+    while bench.computed.try_recv().is_ok() {}
+    bench.vcpu.run().unwrap();
+    // Only the command's own kick, and one that the pacer may have sent before, are left.
+    bench.vcpu.begin_pause().unwrap().wait().unwrap();
+    assert!(bench.computed.try_iter().count() <= 3);
 }
