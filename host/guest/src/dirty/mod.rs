@@ -21,6 +21,7 @@ use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 use crate::PAGE_SIZE;
 use crate::memory::PageIndex;
 pub use set::{PageSet, Pages, Runs};
+use writer::Tally;
 pub use writer::{Authorship, Writer};
 
 /// Marks in a word of the log.
@@ -36,6 +37,8 @@ pub struct DirtyLog {
     /// One mark a page, eight to a word, so that a clean run is skipped by the group of words.
     words: Box<[AtomicU64]>,
     pages: usize,
+    /// Who made the marks that were harvested.
+    tally: Tally,
 }
 
 impl DirtyLog {
@@ -44,7 +47,11 @@ impl DirtyLog {
         let words = (0..pages.div_ceil(MARKS))
             .map(|_| AtomicU64::new(0))
             .collect();
-        Self { words, pages }
+        Self {
+            words,
+            pages,
+            tally: Tally::new(),
+        }
     }
 
     /// Number of pages that the log covers.
@@ -138,22 +145,7 @@ impl DirtyLog {
     /// Any page that is written from here on is marked again, so whoever copies the pages of
     /// `into` after this call has, together with the next harvest, every write.
     pub fn harvest(&self, into: &mut PageSet) {
-        self.sweep(into, |_| {});
-    }
-
-    /// Harvests, and counts in `by` who was the last to write each page.
-    pub fn harvest_by(&self, into: &mut PageSet, by: &mut Authorship) {
-        self.sweep(into, |marks| {
-            for mark in marks.to_ne_bytes() {
-                if mark != 0 {
-                    by.add(mark);
-                }
-            }
-        });
-    }
-
-    #[inline]
-    fn sweep(&self, into: &mut PageSet, mut each: impl FnMut(u64)) {
+        let mut counts = [0; 256];
         for (index, group) in self.words.chunks(GROUP).enumerate() {
             if !has_marks(group) {
                 continue;
@@ -163,11 +155,17 @@ impl DirtyLog {
                 if word.load(Ordering::Relaxed) != 0 {
                     let marks = word.swap(0, Ordering::AcqRel);
                     bits |= set_bits(marks) << (at * MARKS);
-                    each(marks);
+                    count_marks(marks, &mut counts);
                 }
             }
             into.insert_word(index, bits);
         }
+        self.tally.add(&counts);
+    }
+
+    /// Who was the last to write the pages of all harvests until now.
+    pub fn authorship(&self) -> Authorship {
+        self.tally.read()
     }
 
     /// How many pages are marked now. Clears nothing.
@@ -178,6 +176,15 @@ impl DirtyLog {
         };
         let groups = self.words.chunks(GROUP);
         groups.filter(|group| has_marks(group)).map(marked).sum()
+    }
+}
+
+#[inline]
+fn count_marks(marks: u64, counts: &mut [u32; 256]) {
+    for mark in marks.to_ne_bytes() {
+        if mark != 0 {
+            counts[usize::from(mark)] += 1;
+        }
     }
 }
 
@@ -315,13 +322,17 @@ mod tests {
         log.mark_by(PageIndex(2), Writer::vcpu(3));
         log.mark_by(PageIndex(999), Writer::vcpu(5000));
         log.mark(PageIndex(7));
-        let (mut set, mut by) = (PageSet::new(1000), Authorship::new());
-        log.harvest_by(&mut set, &mut by);
+        let mut set = PageSet::new(1000);
+        log.harvest(&mut set);
+        let by = log.authorship();
         assert_eq!(set.len(), 5 - 1);
         assert_eq!(by.of_vcpus(4), [1, 0, 0, 1]);
         assert_eq!(by.of(Writer::vcpu(4000)), 1);
         assert_eq!((by.of(Writer::MACHINE), by.named()), (1, 3));
         assert_eq!(log.count(), 0);
+        log.mark_by(PageIndex(2), Writer::vcpu(1));
+        log.harvest(&mut set);
+        assert_eq!(log.authorship().since(&by).of_vcpus(4), [0, 1, 0, 0]);
     }
 
     proptest! {

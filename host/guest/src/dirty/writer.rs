@@ -1,5 +1,7 @@
 //! Who wrote a page: what the value of its mark says.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 /// Who marks a page. The last one to write it is remembered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Writer(u8);
@@ -22,7 +24,7 @@ impl Writer {
     }
 }
 
-/// How many pages each writer was the last to write, summed over harvests.
+/// How many pages each writer was the last to write, summed over the harvests of a log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Authorship(Box<[u64; 256]>);
 
@@ -33,11 +35,6 @@ impl Default for Authorship {
 }
 
 impl Authorship {
-    /// Nobody has written.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
     /// Pages whose last writer was `writer`.
     pub fn of(&self, writer: Writer) -> u64 {
         self.0[usize::from(writer.0)]
@@ -53,13 +50,40 @@ impl Authorship {
         self.0[usize::from(FIRST_VCPU)..].iter().sum()
     }
 
-    /// Forgets everything.
-    pub fn clear(&mut self) {
-        self.0.fill(0);
+    /// What has come to this since `earlier`, which was taken from the same log.
+    #[must_use]
+    pub fn since(&self, earlier: &Self) -> Self {
+        let mut difference = self.clone();
+        for (now, before) in difference.0.iter_mut().zip(earlier.0.iter()) {
+            *now = now.wrapping_sub(*before);
+        }
+        difference
+    }
+}
+
+/// The sums of a log, added to by whoever harvests.
+#[derive(Debug)]
+pub(super) struct Tally(Box<[AtomicU64; 256]>);
+
+impl Tally {
+    pub(super) fn new() -> Self {
+        Self(Box::new([const { AtomicU64::new(0) }; 256]))
     }
 
-    #[inline]
-    pub(super) fn add(&mut self, mark: u8) {
-        self.0[usize::from(mark)] += 1;
+    pub(super) fn read(&self) -> Authorship {
+        let mut sums = Authorship::default();
+        for (sum, counted) in sums.0.iter_mut().zip(self.0.iter()) {
+            *sum = counted.load(Ordering::Relaxed);
+        }
+        sums
+    }
+
+    /// Adds the number of marks of each value.
+    pub(super) fn add(&self, marks: &[u32; 256]) {
+        for (sum, &count) in self.0.iter().zip(marks) {
+            if count > 0 {
+                sum.fetch_add(count.into(), Ordering::Relaxed);
+            }
+        }
     }
 }

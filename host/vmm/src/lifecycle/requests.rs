@@ -149,6 +149,7 @@ impl Lifecycle {
             config: self.machine.config().clone(),
             mailbox: self.mailbox.clone(),
             monitor: self.monitor.clone(),
+            throttled: moving::Throttled::none(self.machine.memory()),
         };
         self.moving = Some(moving::start(departure, request)?);
         Ok(self.monitor.status())

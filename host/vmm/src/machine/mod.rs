@@ -32,6 +32,7 @@ pub(crate) use assembly::{Blueprint, assemble};
 pub use entry::BootError;
 pub use saved::StateError;
 pub use vcpu::VcpuError;
+pub(crate) use vcpu::shares;
 use vcpu::{Buses, SleepShare, VcpuThread};
 
 /// Why a machine could not be stopped or go on.

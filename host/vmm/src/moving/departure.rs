@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use dunlin_api::migration::{Endpoint, MigrateRequest, MigrationReport, Verify};
 use dunlin_api::{ApiError, ErrorCode, VmConfig};
-use dunlin_guest::{Memory, SavedState};
+use dunlin_guest::{Authorship, Memory, SavedState};
 use dunlin_hypervisor::Vm;
 use dunlin_migration::transport::{Connector, TcpConnector, UnixConnector};
 use dunlin_migration::{
@@ -18,6 +18,35 @@ use tokio::sync::oneshot;
 
 use super::{MoveEnd, MoveMonitor, MoveOutcome, encode_config, machine_error};
 use crate::lifecycle::{Mailbox, Message, MoveCall, Reply};
+use crate::machine::shares;
+
+/// How the processors of a guest that leaves are slowed down.
+#[derive(Debug, Default)]
+pub(crate) struct Throttled {
+    /// Who had written until the last change.
+    seen: Authorship,
+    /// Percent of its time that each processor sleeps.
+    percent: Vec<u8>,
+}
+
+impl Throttled {
+    /// Not at all; what was written before does not count.
+    pub(crate) fn none(memory: &Memory) -> Self {
+        Self {
+            seen: memory.dirty_log().authorship(),
+            percent: Vec::new(),
+        }
+    }
+
+    /// What each processor sleeps from now on.
+    fn next(&mut self, memory: &Memory, cpus: u32, slowdown: Slowdown) -> Vec<u8> {
+        let now = memory.dirty_log().authorship();
+        let pages = now.since(&self.seen).of_vcpus(cpus);
+        self.seen = now;
+        self.percent = shares(slowdown.as_percent(), &pages, &self.percent);
+        self.percent.clone()
+    }
+}
 
 /// What a move needs of the machine.
 pub(crate) struct Departure {
@@ -26,6 +55,7 @@ pub(crate) struct Departure {
     pub(crate) config: VmConfig,
     pub(crate) mailbox: Mailbox,
     pub(crate) monitor: Arc<MoveMonitor>,
+    pub(crate) throttled: Throttled,
 }
 
 /// Begins a move on a thread of its own; its last message is `MoveEnded`.
@@ -228,10 +258,13 @@ impl SourceMachine for Departure {
     }
 
     fn throttle(&mut self, slowdown: Slowdown) -> Result<(), MachineError> {
-        if slowdown > Slowdown::NONE {
-            tracing::debug!(%slowdown, "this machine's processors cannot be slowed down");
-        }
-        Ok(())
+        let percent = self
+            .throttled
+            .next(&self.memory, self.config.cpus, slowdown);
+        tracing::info!(%slowdown, ?percent, "the guest is slowed down");
+        self.call("slow the guest down", |reply| {
+            MoveCall::Throttle(percent, reply)
+        })
     }
 
     fn pause(&mut self) -> Result<(), MachineError> {

@@ -6,7 +6,7 @@ mod file;
 mod monitor;
 
 pub(crate) use arrival::{ArrivingMachine, Build};
-pub(crate) use departure::{Departure, OpenQuestion, start};
+pub(crate) use departure::{Departure, OpenQuestion, Throttled, start};
 pub use file::describe_snapshot;
 pub(crate) use file::{check_target, restore_from_file, save_to_file};
 pub(crate) use monitor::{MoveEnd, MoveMonitor, MoveOutcome};

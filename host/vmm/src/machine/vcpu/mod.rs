@@ -25,7 +25,7 @@ use dunlin_x86::state::CpuState;
 
 use super::events::{MachineEvent, MachineEvents};
 use throttle::{Pace, Rhythm};
-pub(crate) use throttle::{Pacer, SleepShare};
+pub(crate) use throttle::{Pacer, SleepShare, shares};
 
 /// What a vCPU's thread is asked to do. Every command is answered, or the thread is gone.
 enum Command {

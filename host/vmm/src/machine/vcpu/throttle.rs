@@ -25,6 +25,9 @@ const LEAST_RUN: Duration = Duration::from_micros(200);
 /// The longest sleep, however long the run before it was: the guest must not notice a stop.
 const LONGEST_SLEEP: Duration = Duration::from_millis(20);
 
+/// A processor that writes less than this part of what the busiest writes is left alone.
+const LITTLE: f64 = 0.05;
+
 /// Percent of its time that a processor sleeps: 0 to 99.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct SleepShare(u8);
@@ -50,6 +53,26 @@ impl SleepShare {
     fn sleep(self, ran: Duration) -> Duration {
         (ran * u32::from(self.0) / (100 - u32::from(self.0))).min(LONGEST_SLEEP)
     }
+}
+
+/// Distributes a slowdown over processors: the one that would write most sleeps for all of
+/// `percent`, the others in proportion, and one that hardly writes not at all. `pages` is what
+/// each wrote while it slept for its share of `now`. When nobody is known to write, all sleep.
+pub(crate) fn shares(percent: u8, pages: &[u64], now: &[u8]) -> Vec<u8> {
+    let asleep = now.iter().copied().chain(std::iter::repeat(0));
+    let demand = |(&pages, asleep): (&u64, u8)| {
+        pages as f64 / (1.0 - f64::from(asleep.min(SleepShare::MOST)) / 100.0)
+    };
+    let demands: Vec<f64> = pages.iter().zip(asleep).map(demand).collect();
+    let most = demands.iter().copied().fold(0.0, f64::max);
+    let share = |&demand: &f64| match demand / most {
+        part if part < LITTLE => 0,
+        part => (f64::from(percent) * part).round() as u8,
+    };
+    if most == 0.0 {
+        return vec![percent; pages.len()];
+    }
+    demands.iter().map(share).collect()
 }
 
 /// What a kicked processor does.
@@ -240,6 +263,16 @@ mod tests {
         let mut rhythm = Rhythm::default();
         rhythm.set(SleepShare::percent(99), ms(0));
         assert_eq!(rhythm.pace(ms(1000)), Pace::Sleep(LONGEST_SLEEP));
+    }
+
+    #[test]
+    fn who_does_not_write_is_not_slowed_and_a_slowed_writer_is_not_let_go() {
+        assert_eq!(shares(40, &[1000, 0, 500, 10], &[]), [40, 0, 20, 0]);
+        // The first wrote half as much because it slept half of the time.
+        assert_eq!(shares(60, &[500, 500], &[50, 0]), [60, 30]);
+        assert_eq!(shares(60, &[0, 0], &[50, 0]), [60, 60]);
+        assert_eq!(shares(0, &[7, 0], &[50]), [0, 0]);
+        assert_eq!(shares(99, &[1], &[255]), [99]);
     }
 
     #[test]
