@@ -22,6 +22,7 @@ pub mod protocol;
 mod report;
 mod source;
 pub mod transport;
+mod uffd;
 mod wire;
 
 pub use destination::{Arrival, Destination, Stage, Witness};
@@ -36,3 +37,4 @@ pub use report::{
     DestinationReport, MigrationReport, Outcome, RoundKind, RoundReport, SwitchOverReport,
 };
 pub use source::{Phase, Source, Verdict, resolve};
+pub use uffd::{UffdError, Userfaultfd};
