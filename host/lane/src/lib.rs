@@ -1,6 +1,7 @@
 //! How control messages and guest pages travel between two hosts.
 //!
-//! - a *control lane* is a duplex byte stream in order;
+//! - a *control lane* is a duplex byte stream in order ([`stream::Transport`]); [`stream`] also has
+//!   the places where one begins;
 //! - a *page lane* ([`PageSender`], [`PageReceiver`]) goes one way and places bytes straight into
 //!   memory that its receiver has granted.
 //!
@@ -22,6 +23,7 @@
 //! This crate knows no guest and no protocol above it.
 
 mod page;
+pub mod stream;
 
 pub use page::{
     Buffer, LaneError, LaneEvent, LaneTraits, PageReceiver, PageSender, Placement, Ticket, Window,

@@ -72,10 +72,7 @@ impl Listener {
     ///
     /// # Errors
     /// [`TransportError::Listen`] when the socket itself fails.
-    pub(crate) fn accept(
-        &self,
-        deadline: Instant,
-    ) -> Result<Option<Box<dyn Transport>>, TransportError> {
+    pub fn accept(&self, deadline: Instant) -> Result<Option<Box<dyn Transport>>, TransportError> {
         let failed = |source| TransportError::Listen {
             address: self.address(),
             source,

@@ -1,0 +1,7 @@
+//! Duplex byte streams with deadlines, and the places where they begin: those of
+//! [`dunlin_lane::stream`], under the name that the protocol above knows them by.
+
+pub use dunlin_lane::stream::{
+    Connector, Fencing, Listener, PeerProcess, SocketTransport, TcpConnector, Transport,
+    TransportError, UnixConnector,
+};
