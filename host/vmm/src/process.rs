@@ -21,7 +21,9 @@ use crate::interface::{Interface, Peers, Sockets};
 use crate::isolation;
 use crate::lifecycle::{Ending, Lifecycle, Mailbox, Message, Phase, Surroundings};
 use crate::machine::events::MachineEvents;
-use crate::moving::{ArrivingMachine, Build, MoveMonitor, encode_config, restore_from_file};
+use crate::moving::{
+    self, ArrivingMachine, Build, Faults, MoveMonitor, encode_config, restore_from_file,
+};
 use crate::place::ClaimedPlace;
 
 /// Is the process of one VM, until the VM has ended.
@@ -78,6 +80,8 @@ fn live(spec: LaunchSpec, parent: &mut Parent) -> Result<(Ending, VmStatus), Api
     }
     // Out of the parent's session: its terminal's signals are not ours.
     let _already_leader = rustix::process::setsid();
+    // Needs rights that are given up next.
+    let faults = moving::open_faults();
     isolation::drop_capabilities().map_err(|error| host(&error))?;
     let (mailbox, inbox) = Mailbox::new();
     let peers = Peers {
@@ -93,8 +97,14 @@ fn live(spec: LaunchSpec, parent: &mut Parent) -> Result<(Ending, VmStatus), Api
     // Before anything foreign is read: a kernel, a peer's words, a saved file.
     isolation::confine().map_err(|error| host(&error))?;
     let runtime = RuntimeDirectory::at(&spec.runtime);
-    let result = arrive(spec.guest, runtime, &peers, parent).and_then(|arrived| {
+    let arriving = Arriving {
+        origin: spec.guest,
+        runtime,
+        faults: faults.clone(),
+    };
+    let result = arrive(arriving, &peers, parent).and_then(|arrived| {
         let surroundings = Surroundings {
+            faults,
             blueprint: arrived.guest.blueprint,
             inbox,
             mailbox,
@@ -170,16 +180,24 @@ struct Arrived {
     witness: Option<Witness>,
 }
 
-fn arrive(
+/// A guest that is to come.
+struct Arriving {
     origin: GuestOrigin,
     runtime: RuntimeDirectory,
-    peers: &Peers,
-    parent: &mut Parent,
-) -> Result<Arrived, ApiError> {
+    faults: Faults,
+}
+
+fn arrive(arriving: Arriving, peers: &Peers, parent: &mut Parent) -> Result<Arrived, ApiError> {
+    let Arriving {
+        origin,
+        runtime,
+        faults,
+    } = arriving;
     let mailbox = peers.mailbox.clone();
     let build = |overrides| Build {
         runtime,
         overrides,
+        faults,
         console: Arc::clone(&peers.console),
         events: MachineEvents::new(move |event| mailbox.send(Message::Machine(event))),
     };

@@ -53,7 +53,11 @@ impl UffdError {
 
 /// A descriptor through which this process serves faults of its own memory.
 #[derive(Debug)]
-pub struct Userfaultfd(OwnedFd);
+pub struct Userfaultfd {
+    fd: OwnedFd,
+    /// Writes to shared memory are served, too.
+    write_protection: bool,
+}
 
 impl Userfaultfd {
     /// Opens one that serves faults of kernel and user mode. A process that is about to give up
@@ -64,22 +68,33 @@ impl Userfaultfd {
     pub fn open() -> Result<Self, UffdError> {
         let fd = by_call().or_else(|_refused| by_device());
         let fd = fd.map_err(|source| UffdError::NotPermitted { source })?;
-        let uffd = Self(fd);
-        let mut api = raw::Api {
-            api: raw::API,
-            features: raw::FEATURE_MISSING_SHMEM,
-            ioctls: 0,
+        // The kernel answers EINVAL to a feature that it does not have, and may be asked again.
+        let agree = |features| {
+            let mut api = raw::Api {
+                api: raw::API,
+                features,
+                ioctls: 0,
+            };
+            raw::ioctl(fd.as_raw_fd(), raw::IOC_API, &mut api)
+                && api.features & features == features
         };
-        // The kernel answers EINVAL to a feature that it does not have.
-        let agreed = raw::ioctl(uffd.fd(), raw::IOC_API, &mut api);
-        if !agreed || api.features & raw::FEATURE_MISSING_SHMEM == 0 {
+        let write_protection = agree(raw::FEATURE_MISSING_SHMEM | raw::FEATURES_WRITE_PROTECTION);
+        if !write_protection && !agree(raw::FEATURE_MISSING_SHMEM) {
             return Err(UffdError::NoSharedMemory);
         }
-        Ok(uffd)
+        Ok(Self {
+            fd,
+            write_protection,
+        })
     }
 
     fn fd(&self) -> RawFd {
-        self.0.as_raw_fd()
+        self.fd.as_raw_fd()
+    }
+
+    /// Can it let writers of shared memory wait (Linux 5.19 and later)?
+    pub fn serves_writes(&self) -> bool {
+        self.write_protection
     }
 
     /// Waits until a fault is to be read, or `other` can be read, or `patience` is over. True for

@@ -8,6 +8,8 @@ use std::time::Duration;
 pub(super) const API: u64 = 0xaa;
 /// `UFFD_FEATURE_MISSING_SHMEM`.
 pub(super) const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
+/// `UFFD_FEATURE_PAGEFAULT_FLAG_WP` and `UFFD_FEATURE_WP_HUGETLBFS_SHMEM`.
+pub(super) const FEATURES_WRITE_PROTECTION: u64 = 1 << 0 | 1 << 12;
 /// `UFFDIO_REGISTER_MODE_MISSING`.
 pub(super) const MODE_MISSING: u64 = 1;
 

@@ -141,6 +141,8 @@ const ALLOWED: &[i64] = &[
 
 /// ioctl requests of KVM carry this type in their second byte.
 const KVM_TYPE: u64 = 0xae;
+/// Those of userfaultfd, whose descriptor was opened before.
+const USERFAULTFD_TYPE: u64 = 0xaa;
 
 fn equals(argument: u8, value: u64) -> Result<Rule, seccompiler::BackendError> {
     Rule::new(vec![Condition::new(
@@ -170,7 +172,9 @@ fn restricted() -> Result<Vec<(i64, Vec<Rule>)>, seccompiler::BackendError> {
     let mut requests: Vec<Rule> = (requests.iter())
         .map(|&request| equals(1, request))
         .collect::<Result<_, _>>()?;
-    requests.push(masked(1, 0xff00, KVM_TYPE << 8)?);
+    for kind in [KVM_TYPE, USERFAULTFD_TYPE] {
+        requests.push(masked(1, 0xff00, kind << 8)?);
+    }
     Ok(vec![
         (libc::SYS_clone, vec![masked(0, thread, thread)?]),
         (libc::SYS_tgkill, vec![equals(0, own)?]),

@@ -28,7 +28,7 @@ use tokio::sync::oneshot;
 
 use crate::machine::events::MachineEvent;
 use crate::machine::{Blueprint, Machine};
-use crate::moving::{MoveEnd, MoveMonitor, OpenQuestion};
+use crate::moving::{Faults, MoveEnd, MoveMonitor, OpenQuestion};
 use requests::Look;
 pub(crate) use state::{Phase, Transition};
 
@@ -149,6 +149,7 @@ pub(crate) struct Lifecycle {
     inbox: Receiver<Message>,
     mailbox: Mailbox,
     monitor: Arc<MoveMonitor>,
+    faults: Faults,
     moving: Option<JoinHandle<()>>,
     look: Option<Look>,
     since: Instant,
@@ -167,6 +168,8 @@ pub(crate) struct Surroundings {
     pub(crate) inbox: Receiver<Message>,
     pub(crate) mailbox: Mailbox,
     pub(crate) monitor: Arc<MoveMonitor>,
+    /// Serves faults of guest memory, or why it cannot.
+    pub(crate) faults: Faults,
 }
 
 impl Lifecycle {
@@ -177,6 +180,7 @@ impl Lifecycle {
             inbox,
             mailbox,
             monitor,
+            faults,
         } = surroundings;
         Self {
             phase,
@@ -185,6 +189,7 @@ impl Lifecycle {
             inbox,
             mailbox,
             monitor,
+            faults,
             moving: None,
             look: None,
             since: Instant::now(),

@@ -7,7 +7,7 @@ use dunlin_guest::{Memory, SavedState};
 use dunlin_migration::{DestinationMachine, MachineError};
 use std::sync::Arc;
 
-use super::{decode_config, machine_error};
+use super::{Faults, decode_config, machine_error};
 use crate::console::ConsoleHub;
 use crate::machine::events::MachineEvents;
 use crate::machine::{Blueprint, Machine, assemble};
@@ -17,6 +17,8 @@ use crate::place::ClaimedPlace;
 pub(crate) struct Build {
     pub(crate) runtime: RuntimeDirectory,
     pub(crate) overrides: Overrides,
+    /// Serves faults of the guest's memory while its pages arrive behind it.
+    pub(crate) faults: Faults,
     pub(crate) console: Arc<ConsoleHub>,
     pub(crate) events: MachineEvents,
 }

@@ -11,8 +11,25 @@ pub use file::describe_snapshot;
 pub(crate) use file::{check_target, restore_from_file, save_to_file};
 pub(crate) use monitor::{MoveEnd, MoveMonitor, MoveOutcome};
 
+use std::sync::Arc;
+
+use dunlin_api::error::chain;
 use dunlin_api::{ApiError, ErrorCode, VmConfig};
-use dunlin_migration::MachineError;
+use dunlin_migration::{MachineError, Userfaultfd};
+
+/// Serves faults of guest memory for this process, or why it cannot. One descriptor for all
+/// uses: guest memory is watched over for one purpose at a time.
+pub(crate) type Faults = Result<Arc<Userfaultfd>, String>;
+
+/// Opens it. What the host refuses now, it refuses for the process's whole life.
+pub(crate) fn open_faults() -> Faults {
+    let opened = Userfaultfd::open().map(Arc::new);
+    opened.map_err(|error| {
+        let reason = chain(&error);
+        tracing::debug!(reason, "faults of guest memory cannot be served");
+        reason
+    })
+}
 
 /// What migration is told when the machine refuses.
 fn machine_error(
