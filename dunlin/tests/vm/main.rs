@@ -7,4 +7,5 @@
 
 mod life;
 mod moves;
+mod saved;
 mod support;

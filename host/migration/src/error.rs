@@ -6,7 +6,7 @@ use crate::protocol::ProtocolError;
 use crate::report::MigrationReport;
 use crate::transport::TransportError;
 
-/// Why a move, or a save or restore, failed.
+/// Why a move failed.
 #[derive(Debug, thiserror::Error)]
 pub enum MigrationError {
     /// The connection failed.
@@ -66,25 +66,6 @@ pub enum MigrationError {
     #[error("this destination cannot take the guest: {reason}")]
     Refused {
         /// Why.
-        reason: String,
-    },
-    /// A file could not be read or written.
-    #[error("failed to {action} \"{path}\"")]
-    File {
-        /// What was done.
-        action: &'static str,
-        /// To which file.
-        path: String,
-        /// What the kernel said.
-        #[source]
-        source: std::io::Error,
-    },
-    /// A file ends early or holds more than it should.
-    #[error("\"{path}\" is not a whole saved guest: {reason}")]
-    Incomplete {
-        /// The file.
-        path: String,
-        /// What is missing.
         reason: String,
     },
     /// The host gave no random numbers or no thread.

@@ -74,14 +74,6 @@ impl Wire {
         self.bytes_sent
     }
 
-    pub(crate) fn frames_sent(&self) -> u64 {
-        self.sent
-    }
-
-    pub(crate) fn frames_received(&self) -> u64 {
-        self.received
-    }
-
     pub(crate) fn peer(&self) -> &str {
         self.transport.peer()
     }

@@ -8,7 +8,8 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use dunlin_migration::{MigrationError, SourceMachine, file};
+use dunlin_migration::{SourceMachine, file};
+use file::SnapshotError;
 use support::{Conduct, DestinationSide, Load, SourceSide};
 
 fn saved() -> (tempfile::TempDir, std::path::PathBuf, SourceSide) {
@@ -25,7 +26,7 @@ fn saved() -> (tempfile::TempDir, std::path::PathBuf, SourceSide) {
     (directory, path, machine)
 }
 
-fn restore(path: &std::path::Path) -> Result<DestinationSide, MigrationError> {
+fn restore(path: &std::path::Path) -> Result<DestinationSide, SnapshotError> {
     file::restore(path, |configuration| {
         DestinationSide::build(configuration, Arc::new(Conduct::default()))
     })
@@ -62,10 +63,7 @@ fn a_file_cut_anywhere_is_refused() {
         file.set_len(length - 1 - share * (length - 1) / 15)
             .unwrap();
         let error = restore(&path).err().unwrap();
-        assert!(
-            matches!(error, MigrationError::Incomplete { .. }),
-            "{error}"
-        );
+        assert!(matches!(error, SnapshotError::NotWhole { .. }), "{error}");
         assert!(file::inspect(&path).is_err());
     }
 }

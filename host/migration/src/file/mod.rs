@@ -13,33 +13,33 @@
 //! temporary file beside it, synchronised, and renamed. Its length stands in the preamble, so
 //! that a file that was cut is known as such before anything is restored.
 
-mod stream;
+mod error;
+mod frames;
+mod head;
+mod version1;
 
 use std::fs::File;
-use std::io::{self, Seek, SeekFrom, Write};
+use std::io::{BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::Path;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use dunlin_guest::PageIndex;
+use dunlin_guest::{Memory, PageIndex, SavedState};
 use serde::{Deserialize, Serialize};
 
-use crate::destination::session::check_ram;
-use crate::destination::store::Store;
-use crate::error::MigrationError;
 use crate::machine::{DestinationMachine, MachineError, SourceMachine};
-use crate::pages::{self, Extents};
+use crate::pages::{self, Extents, PAGE};
 use crate::protocol::message::{
-    Component, Configuration, End, FileHeader, RoundBegin, RoundEnd, States,
+    Component, Configuration, End, FileHeader, Region, RoundBegin, RoundEnd, States,
 };
-use crate::protocol::{Kind, Message, Preamble, ProtocolError, Purpose, Token, preamble};
-use crate::source::attempt::regions_of;
-use crate::source::round::Batch;
-use crate::transport::TransportError;
-use crate::wire::{Patience, Wire};
-use stream::FileStream;
+use crate::protocol::runs::{self, Run};
+use crate::protocol::{Kind, Message};
+pub use error::SnapshotError;
+use frames::{FrameReader, FrameWriter};
+use head::Head;
 
-/// Files have no deadline; this only satisfies the stream's interface.
-const FOREVER: Patience = Patience::Idle(Duration::from_secs(3600));
+/// The version of the format that this build writes.
+pub const VERSION: u16 = 1;
+
 const BATCH_PAGES: usize = 128;
 
 /// What a saved guest took.
@@ -91,41 +91,39 @@ pub struct ComponentSummary {
 /// Saves a guest. The machine has to be paused, and stays so.
 ///
 /// # Errors
-/// [`MigrationError`] when the machine or the file fails; nothing is left at `path` then, or what
+/// [`SnapshotError`] when the machine or the file fails; nothing is left at `path` then, or what
 /// was there before.
-pub fn save(machine: &mut dyn SourceMachine, path: &Path) -> Result<SaveReport, MigrationError> {
+pub fn save(machine: &mut dyn SourceMachine, path: &Path) -> Result<SaveReport, SnapshotError> {
     let begun = Instant::now();
-    let failed = |action| move |source| file_error(action, path, source);
     let directory = match path.parent() {
         Some(parent) if parent != Path::new("") => parent,
         _ => Path::new("."),
     };
     let states = machine.save()?;
     let temporary =
-        tempfile::NamedTempFile::new_in(directory).map_err(failed("create a file beside"))?;
-    let file = temporary.as_file().try_clone().map_err(failed("write"))?;
-    let mut wire = Wire::new(Box::new(FileStream::new(file, path)));
-    let mut preamble = Preamble {
-        purpose: Purpose::File,
-        token: Token::from_bytes([0; 16]),
-        body_length: 0,
-    };
-    wire.send_preamble(&preamble, FOREVER)?;
-    let (pages, zero_pages) = write_guest(machine, states, &mut wire)?;
-    preamble.body_length = wire.bytes_sent() - preamble::LENGTH as u64;
+        tempfile::NamedTempFile::new_in(directory).map_err(SnapshotError::io("create"))?;
     let mut file = temporary.as_file();
-    file.seek(SeekFrom::Start(0)).map_err(failed("write"))?;
-    file.write_all(&preamble.encode())
-        .map_err(failed("write"))?;
-    file.sync_all().map_err(failed("synchronise"))?;
+    let write = SnapshotError::io("write");
+    let mut head = Head {
+        version: VERSION,
+        body: 0,
+    };
+    file.write_all(&head.encode()).map_err(&write)?;
+    let mut frames = FrameWriter::new(BufWriter::new(file));
+    let (pages, zero_pages) = write_guest(machine, states, &mut frames)?;
+    head.body = frames.bytes();
+    frames.finish()?;
+    file.seek(SeekFrom::Start(0)).map_err(&write)?;
+    file.write_all(&head.encode()).map_err(&write)?;
+    file.sync_all().map_err(SnapshotError::io("synchronise"))?;
     temporary
         .persist(path)
-        .map_err(|error| file_error("rename a file to", path, error.error))?;
+        .map_err(|error| SnapshotError::io("give its name to")(error.error))?;
     File::open(directory)
         .and_then(|directory| directory.sync_all())
-        .map_err(failed("synchronise the directory of"))?;
+        .map_err(SnapshotError::io("synchronise the folder of"))?;
     Ok(SaveReport {
-        file_bytes: preamble.body_length + preamble::LENGTH as u64,
+        file_bytes: head.body + head::LENGTH as u64,
         ram_bytes: machine.memory().size(),
         pages,
         zero_pages,
@@ -133,11 +131,11 @@ pub fn save(machine: &mut dyn SourceMachine, path: &Path) -> Result<SaveReport, 
     })
 }
 
-fn write_guest(
+fn write_guest<W: Write>(
     machine: &dyn SourceMachine,
-    states: Vec<dunlin_guest::SavedState>,
-    wire: &mut Wire,
-) -> Result<(u64, u64), MigrationError> {
+    states: Vec<SavedState>,
+    frames: &mut FrameWriter<W>,
+) -> Result<(u64, u64), SnapshotError> {
     let memory = machine.memory();
     let created = SystemTime::now().duration_since(UNIX_EPOCH);
     let header = FileHeader {
@@ -153,71 +151,105 @@ fn write_guest(
             })
             .collect(),
     };
-    wire.send(&Message::FileHeader(header), FOREVER)?;
+    frames.message(&Message::FileHeader(header))?;
     let configuration = Configuration {
         machine: machine.configuration(),
         ram_bytes: memory.size(),
         regions: regions_of(memory),
         verification: 1,
     };
-    wire.send(&Message::Configuration(configuration), FOREVER)?;
-    let begin = RoundBegin {
-        round: 0,
-        pages: memory.pages(),
-    };
-    wire.send(&Message::RoundBegin(begin), FOREVER)?;
-    let mut batch = Batch::new(BATCH_PAGES);
-    let mut extents = Extents::new(memory);
-    let (mut full, mut zero) = (0, 0);
-    for page in (0..memory.pages()).map(PageIndex) {
-        if extents.hole_at(page).is_some() {
-            batch.add_zero(page);
-            zero += 1;
-        } else if batch.add(memory, page) {
-            full += 1;
-        } else {
-            zero += 1;
-        }
-        if batch.is_full() {
-            batch.send(wire, FOREVER)?;
-        }
-    }
-    batch.send(wire, FOREVER)?;
-    let end = RoundEnd {
-        round: 0,
-        pages: full,
-        zero_pages: zero,
-    };
-    wire.send(&Message::RoundEnd(end), FOREVER)?;
+    frames.message(&Message::Configuration(configuration))?;
+    let (pages, zero_pages) = write_pages(memory, frames)?;
     let states = States {
         attempt: 1,
         states,
         hash_wanted: false,
     };
-    wire.send(&Message::States(states), FOREVER)?;
+    frames.message(&Message::States(states))?;
     let end = End {
-        frames: wire.frames_sent(),
+        frames: frames.frames(),
         hash: pages::hash_ram(memory),
     };
-    wire.send(&Message::End(end), FOREVER)?;
-    Ok((full, zero))
+    frames.message(&Message::End(end))?;
+    Ok((pages, zero_pages))
+}
+
+fn write_pages<W: Write>(
+    memory: &Memory,
+    frames: &mut FrameWriter<W>,
+) -> Result<(u64, u64), SnapshotError> {
+    let begin = RoundBegin {
+        round: 0,
+        pages: memory.pages(),
+    };
+    frames.message(&Message::RoundBegin(begin))?;
+    let mut extents = Extents::new(memory);
+    let (mut runs, mut content) = (Vec::new(), Vec::new());
+    let mut pages = 0;
+    for page in (0..memory.pages()).map(PageIndex) {
+        let mut bytes = [0; PAGE];
+        if extents.hole_at(page).is_none()
+            && memory.read_page(page, &mut bytes)
+            && !pages::is_zero(&bytes)
+        {
+            runs::push(&mut runs, page);
+            content.extend_from_slice(&bytes);
+            pages += 1;
+        }
+        if content.len() == BATCH_PAGES * PAGE {
+            write_batch(&mut runs, &mut content, frames)?;
+        }
+    }
+    write_batch(&mut runs, &mut content, frames)?;
+    let end = RoundEnd {
+        round: 0,
+        pages,
+        zero_pages: 0,
+    };
+    frames.message(&Message::RoundEnd(end))?;
+    Ok((pages, memory.pages() - pages))
+}
+
+fn write_batch<W: Write>(
+    batch: &mut Vec<Run>,
+    content: &mut Vec<u8>,
+    frames: &mut FrameWriter<W>,
+) -> Result<(), SnapshotError> {
+    if batch.is_empty() {
+        return Ok(());
+    }
+    let mut payload = Vec::new();
+    runs::encode(batch, &mut payload);
+    payload.append(content);
+    batch.clear();
+    frames.frame(Kind::Pages, &payload)
+}
+
+fn regions_of(memory: &Memory) -> Vec<Region> {
+    let regions = memory.regions();
+    regions
+        .map(|region| Region {
+            start: region.start,
+            size: region.size,
+            offset: region.offset,
+        })
+        .collect()
 }
 
 /// Reads what can be known of a saved guest without its RAM.
 ///
 /// # Errors
-/// [`MigrationError`] when it is not a saved guest, of another version, or not whole.
-pub fn inspect(path: &Path) -> Result<FileSummary, MigrationError> {
-    let (mut wire, file_bytes) = open(path)?;
-    let header = read_header(&mut wire, path)?;
-    let configuration =
-        read_configuration(&mut wire, header.ram_bytes).map_err(|error| cut_short(error, path))?;
+/// [`SnapshotError`] when it is not a saved guest, of a newer version, or not whole.
+pub fn inspect(path: &Path) -> Result<FileSummary, SnapshotError> {
+    let (head, mut reader) = open(path)?;
+    let header = header(&mut reader)?;
+    let configuration = configuration(&mut reader, header.ram_bytes)?;
     Ok(FileSummary {
         configuration: configuration.machine,
-        version: crate::protocol::VERSION,
+        version: head.version,
         created: header.created,
         ram_bytes: header.ram_bytes,
-        file_bytes,
+        file_bytes: head.body + head::LENGTH as u64,
         components: header
             .components
             .into_iter()
@@ -235,132 +267,64 @@ pub fn inspect(path: &Path) -> Result<FileSummary, MigrationError> {
 /// machine is not started.
 ///
 /// # Errors
-/// [`MigrationError`] when the file is not whole, or the machine cannot be built or restored.
+/// [`SnapshotError`] when the file is not whole, or the machine cannot be built or restored.
 pub fn restore<M: DestinationMachine>(
     path: &Path,
     build: impl FnOnce(&[u8]) -> Result<M, MachineError>,
-) -> Result<M, MigrationError> {
-    let (mut wire, _) = open(path)?;
-    read_guest(&mut wire, path, build).map_err(|error| cut_short(error, path))
+) -> Result<M, SnapshotError> {
+    let (_head, mut reader) = open(path)?;
+    version1::restore(&mut reader, build)
 }
 
-fn read_guest<M: DestinationMachine>(
-    wire: &mut Wire,
-    path: &Path,
-    build: impl FnOnce(&[u8]) -> Result<M, MachineError>,
-) -> Result<M, MigrationError> {
-    let header = read_header(wire, path)?;
-    let configuration = read_configuration(wire, header.ram_bytes)?;
-    let mut machine = build(&configuration.machine)?;
-    check_ram(machine.memory(), &configuration)?;
-    let mut store = Store::new(machine.memory().clone(), true);
-    read_pages(wire, &mut store)?;
-    let states = match wire.receive(FOREVER)? {
-        Message::States(body) => body.states,
-        other => return Err(unexpected(&other, "the states were due")),
-    };
-    let frames = wire.frames_received();
-    match wire.receive(FOREVER)? {
-        Message::End(end) if end.frames == frames && store.hash() == Some(end.hash) => {}
-        other => {
-            return Err(unexpected(
-                &other,
-                "the end of the frames that came was due",
-            ));
-        }
+/// Opens a file, checks its head and its length.
+fn open(path: &Path) -> Result<(Head, FrameReader<BufReader<File>>), SnapshotError> {
+    let mut file = File::open(path).map_err(SnapshotError::io("open"))?;
+    let read = SnapshotError::io("read");
+    let length = file.metadata().map_err(&read)?.len();
+    let mut bytes = [0; head::LENGTH];
+    if length < bytes.len() as u64 {
+        return Err(SnapshotError::not_whole("it ends too early"));
     }
-    machine.restore(states)?;
-    Ok(machine)
-}
-
-fn read_configuration(wire: &mut Wire, ram_bytes: u64) -> Result<Configuration, MigrationError> {
-    match wire.receive(FOREVER)? {
-        Message::Configuration(body) if body.ram_bytes == ram_bytes => Ok(body),
-        other => Err(unexpected(&other, "the configuration was due")),
-    }
-}
-
-fn read_pages(wire: &mut Wire, store: &mut Store) -> Result<(), MigrationError> {
-    match wire.receive(FOREVER)? {
-        Message::RoundBegin(_) => {}
-        other => return Err(unexpected(&other, "the pages were due")),
-    }
-    let (mut full, mut zero) = (0, 0);
-    loop {
-        let header = wire.receive_header(FOREVER)?;
-        match header.kind {
-            Kind::Pages => full += store.receive_pages(wire, &header, FOREVER)?,
-            Kind::ZeroPages => {
-                let payload = wire.receive_payload(FOREVER)?;
-                zero += store.receive_zero_pages(&payload)?;
-            }
-            kind => {
-                let payload = wire.receive_payload(FOREVER)?;
-                return match Message::decode(kind, &payload)? {
-                    Message::RoundEnd(end) if (end.pages, end.zero_pages) == (full, zero) => Ok(()),
-                    other => Err(unexpected(&other, "the end of the pages was due")),
-                };
-            }
-        }
-    }
-}
-
-/// Opens a file, checks its preamble and its length.
-fn open(path: &Path) -> Result<(Wire, u64), MigrationError> {
-    let failed = |source| file_error("open", path, source);
-    let file = File::open(path).map_err(failed)?;
-    let length = file.metadata().map_err(failed)?.len();
-    let mut wire = Wire::new(Box::new(FileStream::new(file, path)));
-    let preamble = wire
-        .receive_preamble(FOREVER)
-        .map_err(|error| cut_short(error, path))?;
-    let expected = preamble.body_length.saturating_add(preamble::LENGTH as u64);
-    let incomplete = |reason| {
-        let path = path.display().to_string();
-        Err(MigrationError::Incomplete { path, reason })
-    };
-    if preamble.purpose != Purpose::File {
-        return incomplete("it begins like a connection".to_owned());
-    }
+    file.read_exact(&mut bytes).map_err(&read)?;
+    let head = Head::decode(&bytes, VERSION)?;
+    let expected = head.body.saturating_add(head::LENGTH as u64);
     if expected != length {
-        return incomplete(format!("it has {length} bytes, {expected} were written"));
+        return Err(SnapshotError::not_whole(format!(
+            "it has {length} bytes, {expected} were written"
+        )));
     }
-    Ok((wire, length))
+    Ok((head, FrameReader::new(BufReader::new(file))))
 }
 
-fn read_header(wire: &mut Wire, path: &Path) -> Result<FileHeader, MigrationError> {
-    match wire
-        .receive(FOREVER)
-        .map_err(|error| cut_short(error, path))?
-    {
+fn header<R: Read>(reader: &mut FrameReader<R>) -> Result<FileHeader, SnapshotError> {
+    match reader.message()? {
         Message::FileHeader(header) => Ok(header),
-        other => Err(unexpected(&other, "the header of the file was due")),
+        other => Err(SnapshotError::unexpected(
+            &other,
+            "the header of the file was due",
+        )),
     }
 }
 
-fn unexpected(message: &Message, state: &'static str) -> MigrationError {
-    ProtocolError::Unexpected {
-        kind: message.kind(),
-        state,
-    }
-    .into()
-}
-
-/// The end of the stream means something else in a file.
-fn cut_short(error: MigrationError, path: &Path) -> MigrationError {
-    match error {
-        MigrationError::Transport(TransportError::Closed { .. }) => MigrationError::Incomplete {
-            path: path.display().to_string(),
-            reason: "it ends too early".to_owned(),
-        },
-        error => error,
+fn configuration<R: Read>(
+    reader: &mut FrameReader<R>,
+    ram_bytes: u64,
+) -> Result<Configuration, SnapshotError> {
+    match reader.message()? {
+        Message::Configuration(body) if body.ram_bytes == ram_bytes => Ok(body),
+        other => Err(SnapshotError::unexpected(
+            &other,
+            "the configuration was due",
+        )),
     }
 }
 
-fn file_error(action: &'static str, path: &Path, source: io::Error) -> MigrationError {
-    MigrationError::File {
-        action,
-        path: path.display().to_string(),
-        source,
+fn check_ram(memory: &Memory, configuration: &Configuration) -> Result<(), SnapshotError> {
+    if memory.size() == configuration.ram_bytes && regions_of(memory) == configuration.regions {
+        return Ok(());
     }
+    Err(SnapshotError::Ram {
+        saved: configuration.ram_bytes,
+        built: memory.size(),
+    })
 }

@@ -27,7 +27,8 @@ pub const LENGTH: usize = 64;
 /// Features that this build has.
 pub const FEATURES: u64 = 0;
 
-const MAGIC: [u8; 8] = *b"DUNLIN\x1aM";
+/// First bytes of a connection, and of a file.
+pub(crate) const MAGIC: [u8; 8] = *b"DUNLIN\x1aM";
 
 /// Names one attempt to move a guest; unguessable, new for each attempt.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]

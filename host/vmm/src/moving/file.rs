@@ -6,7 +6,8 @@ use dunlin_api::error::chain;
 use dunlin_api::snapshot::{SnapshotComponent, SnapshotReport};
 use dunlin_api::{ApiError, ErrorCode};
 use dunlin_guest::{Memory, SavedState};
-use dunlin_migration::{MachineError, MigrationError, Slowdown, SourceMachine, file};
+use dunlin_migration::file::{self, SnapshotError};
+use dunlin_migration::{MachineError, Slowdown, SourceMachine};
 
 use super::{ArrivingMachine, Build, decode_config, encode_config, machine_error};
 use crate::machine::Machine;
@@ -53,7 +54,7 @@ impl SourceMachine for PausedMachine<'_> {
     }
 }
 
-fn refused(action: &str, path: &Path, error: &MigrationError) -> ApiError {
+fn refused(action: &str, path: &Path, error: &SnapshotError) -> ApiError {
     let cause = chain(error);
     let path = path.display();
     ApiError::new(
