@@ -3,6 +3,7 @@
 
 use std::io::{IoSlice, IoSliceMut};
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use crate::error::MigrationError;
@@ -106,6 +107,22 @@ impl Wire {
         patience: Patience,
     ) -> Result<(), MigrationError> {
         self.send_frame(message.kind(), &[&message.encode()], patience)
+    }
+
+    /// Sends a control message with descriptors, over a stream that carries them.
+    pub(crate) fn send_with(
+        &mut self,
+        message: &Message,
+        descriptors: Vec<OwnedFd>,
+        patience: Patience,
+    ) -> Result<(), MigrationError> {
+        self.transport.attach(descriptors)?;
+        self.send(message, patience)
+    }
+
+    /// The descriptors that came with what was received so far.
+    pub(crate) fn take_descriptors(&mut self) -> Vec<OwnedFd> {
+        self.transport.detach()
     }
 
     /// Sends one frame whose payload is the concatenation of `parts`. When the deadline strikes

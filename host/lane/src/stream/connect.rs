@@ -7,7 +7,9 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use super::{Fencing, PeerProcess, SocketTransport, Transport, TransportError};
+use super::{
+    DescriptorTransport, Fencing, PeerProcess, SocketTransport, Transport, TransportError,
+};
 
 /// Reaches one destination. The source connects once to move, and again to ask who owns the
 /// guest when the first connection broke at the hand-over.
@@ -89,6 +91,7 @@ impl Connector for TcpConnector {
 pub struct UnixConnector {
     path: PathBuf,
     process: Option<PeerProcess>,
+    descriptors: bool,
 }
 
 impl UnixConnector {
@@ -97,7 +100,15 @@ impl UnixConnector {
         Self {
             path: path.into(),
             process: None,
+            descriptors: false,
         }
+    }
+
+    /// Connections carry descriptors, and the peer has to run as the same user.
+    #[must_use]
+    pub fn with_descriptors(mut self) -> Self {
+        self.descriptors = true;
+        self
     }
 
     /// Watches this process instead of the one that listens on the socket.
@@ -126,8 +137,11 @@ impl Connector for UnixConnector {
         if self.process.is_none() {
             self.process = peer_pid(&stream).and_then(|pid| PeerProcess::open(pid).ok());
         }
-        let transport = SocketTransport::unix(stream, name.clone()).map_err(failed)?;
-        Ok(Box::new(transport))
+        Ok(if self.descriptors {
+            Box::new(DescriptorTransport::new(stream, name.clone()).map_err(failed)?)
+        } else {
+            Box::new(SocketTransport::unix(stream, name.clone()).map_err(failed)?)
+        })
     }
 
     fn transport(&self) -> &'static str {

@@ -1,13 +1,15 @@
 //! Where a destination is reached.
 
+use std::fs::{self, Permissions};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::{SocketTransport, Transport, TransportError, socket};
+use super::{DescriptorTransport, SocketTransport, Transport, TransportError, socket};
 
 /// A listening socket.
 #[derive(Debug)]
@@ -21,6 +23,7 @@ enum Socket {
     Unix {
         listener: UnixListener,
         path: PathBuf,
+        descriptors: bool,
     },
 }
 
@@ -56,8 +59,27 @@ impl Listener {
             socket: Socket::Unix {
                 listener,
                 path: path.to_owned(),
+                descriptors: false,
             },
         })
+    }
+
+    /// As [`Listener::unix`], for connections that carry descriptors: nobody but this user can
+    /// connect.
+    ///
+    /// # Errors
+    /// [`TransportError::Listen`] when the path cannot be had.
+    pub fn unix_with_descriptors(path: &Path) -> Result<Self, TransportError> {
+        let mut this = Self::unix(path)?;
+        let protected = fs::set_permissions(path, Permissions::from_mode(0o600));
+        protected.map_err(|source| TransportError::Listen {
+            address: path.display().to_string(),
+            source,
+        })?;
+        if let Socket::Unix { descriptors, .. } = &mut this.socket {
+            *descriptors = true;
+        }
+        Ok(this)
     }
 
     /// The TCP address listened on.
@@ -83,13 +105,24 @@ impl Listener {
         let transport = match &self.socket {
             Socket::Tcp(listener) => listener
                 .accept()
-                .and_then(|(stream, _)| SocketTransport::tcp(stream)),
-            Socket::Unix { listener, path } => listener
-                .accept()
-                .and_then(|(stream, _)| SocketTransport::unix(stream, path.display().to_string())),
+                .and_then(|(stream, _)| boxed(SocketTransport::tcp(stream))),
+            Socket::Unix {
+                listener,
+                path,
+                descriptors,
+            } => {
+                let peer = path.display().to_string();
+                listener.accept().and_then(|(stream, _)| {
+                    if *descriptors {
+                        boxed(DescriptorTransport::new(stream, peer))
+                    } else {
+                        boxed(SocketTransport::unix(stream, peer))
+                    }
+                })
+            }
         };
         match transport {
-            Ok(transport) => Ok(Some(Box::new(transport))),
+            Ok(transport) => Ok(Some(transport)),
             Err(error) if is_fatal(&error) => Err(failed(error)),
             Err(error) => {
                 tracing::debug!(%error, "a connection broke off before it was accepted");
@@ -113,6 +146,10 @@ impl Listener {
             Socket::Unix { listener, .. } => listener.as_raw_fd(),
         }
     }
+}
+
+fn boxed(transport: io::Result<impl Transport + 'static>) -> io::Result<Box<dyn Transport>> {
+    Ok(Box::new(transport?))
 }
 
 /// Is the listening socket itself of no use any more? All else concerns one connection only.

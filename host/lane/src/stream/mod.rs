@@ -4,15 +4,18 @@
 //! TCP and unix sockets give them; an encrypted stream will fit behind the same trait.
 
 mod connect;
+mod descriptors;
 mod fencing;
 mod listen;
 mod socket;
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 pub use connect::{Connector, TcpConnector, UnixConnector};
+pub use descriptors::{DescriptorTransport, MAX_DESCRIPTORS};
 pub use fencing::{Fencing, PeerProcess};
 pub use listen::Listener;
 pub use socket::SocketTransport;
@@ -90,4 +93,22 @@ pub trait Transport: Send {
 
     /// The peer's address, for messages.
     fn peer(&self) -> &str;
+
+    /// Sends descriptors with the next byte that is written, where the stream can.
+    ///
+    /// # Errors
+    /// [`TransportError::Io`] on all streams but a [`DescriptorTransport`], and there when they
+    /// are too many.
+    fn attach(&mut self, descriptors: Vec<OwnedFd>) -> Result<(), TransportError> {
+        drop(descriptors);
+        Err(TransportError::Io {
+            peer: self.peer().to_owned(),
+            source: io::ErrorKind::Unsupported.into(),
+        })
+    }
+
+    /// The descriptors that came with what was read so far, in the order of their sending.
+    fn detach(&mut self) -> Vec<OwnedFd> {
+        Vec::new()
+    }
 }

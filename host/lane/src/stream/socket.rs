@@ -90,16 +90,10 @@ impl SocketTransport {
                 Ok(count) => return Ok(count),
                 Err(error) => match error.kind() {
                     io::ErrorKind::Interrupted => {}
-                    io::ErrorKind::WouldBlock => match wait(self.fd(), events, deadline) {
-                        Ok(true) => {}
-                        Ok(false) => {
-                            return Err(TransportError::TimedOut {
-                                peer: self.peer.clone(),
-                            });
-                        }
-                        Err(error) => return Err(self.failed(error)),
-                    },
-                    _ => return Err(self.failed(error)),
+                    io::ErrorKind::WouldBlock => {
+                        wait_or_time_out(self.fd(), events, deadline, &self.peer)?;
+                    }
+                    _ => return Err(failed(error, &self.peer)),
                 },
             }
         }
@@ -110,15 +104,32 @@ impl SocketTransport {
             peer: self.peer.clone(),
         }
     }
+}
 
-    fn failed(&self, source: io::Error) -> TransportError {
-        match source.kind() {
-            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => self.closed(),
-            _ => TransportError::Io {
-                peer: self.peer.clone(),
-                source,
-            },
+/// What an error of a stream means.
+pub(super) fn failed(source: io::Error, peer: &str) -> TransportError {
+    let peer = peer.to_owned();
+    match source.kind() {
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
+            TransportError::Closed { peer }
         }
+        _ => TransportError::Io { peer, source },
+    }
+}
+
+/// Waits until `fd` is ready for `events`; an error at the deadline.
+pub(super) fn wait_or_time_out(
+    fd: RawFd,
+    events: libc::c_short,
+    deadline: Instant,
+    peer: &str,
+) -> Result<(), TransportError> {
+    match wait(fd, events, deadline) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(TransportError::TimedOut {
+            peer: peer.to_owned(),
+        }),
+        Err(error) => Err(failed(error, peer)),
     }
 }
 

@@ -31,7 +31,7 @@ struct Entry {
 
 /// Custody of every session that this destination process has heard of.
 #[derive(Debug, Clone)]
-pub(super) struct Ledger(Arc<Inner>);
+pub(crate) struct Ledger(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
@@ -41,7 +41,7 @@ struct Inner {
 }
 
 impl Ledger {
-    pub(super) fn new(incarnation: Token) -> Self {
+    pub(crate) fn new(incarnation: Token) -> Self {
         Self(Arc::new(Inner {
             incarnation,
             entries: Mutex::new(VecDeque::new()),
@@ -49,12 +49,12 @@ impl Ledger {
         }))
     }
 
-    pub(super) fn incarnation(&self) -> Token {
+    pub(crate) fn incarnation(&self) -> Token {
         self.0.incarnation
     }
 
     /// A session begins. `None`: its token was seen before, so it may not.
-    pub(super) fn offer(&self, token: Token) -> Option<CancelToken> {
+    pub(crate) fn offer(&self, token: Token) -> Option<CancelToken> {
         let mut entries = self.entries();
         if entries.iter().any(|entry| entry.token == token) {
             return None;
@@ -72,17 +72,17 @@ impl Ledger {
     }
 
     /// `Commit` came: true when the guest is owned here from now on.
-    pub(super) fn commit(&self, token: Token) -> bool {
+    pub(crate) fn commit(&self, token: Token) -> bool {
         self.step(token, &Custody::Offered, Custody::Owned)
     }
 
     /// The guest was started.
-    pub(super) fn running(&self, token: Token, body: Running) {
+    pub(crate) fn running(&self, token: Token, body: Running) {
         self.step(token, &Custody::Owned, Custody::Running(body));
     }
 
     /// The session ended, or the guest did not start.
-    pub(super) fn relinquish(&self, token: Token) {
+    pub(crate) fn relinquish(&self, token: Token) {
         if !self.step(token, &Custody::Offered, Custody::Relinquished) {
             self.step(token, &Custody::Owned, Custody::Relinquished);
         }
@@ -90,7 +90,7 @@ impl Ledger {
 
     /// Answers a source, and takes the decision if it was not taken yet. Waits up to `patience`
     /// for a guest that is being started.
-    pub(super) fn ask(
+    pub(crate) fn ask(
         &self,
         token: Token,
         incarnation: Token,

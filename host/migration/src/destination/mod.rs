@@ -1,6 +1,6 @@
 //! The side that a guest arrives at.
 
-mod custody;
+pub(crate) mod custody;
 mod reception;
 pub(crate) mod session;
 pub(crate) mod store;
@@ -13,7 +13,7 @@ use crate::error::MigrationError;
 use crate::machine::{DestinationMachine, MachineError};
 use crate::options::{CancelToken, DestinationOptions};
 use crate::protocol::message::Message;
-use crate::protocol::{Preamble, Token};
+use crate::protocol::{Preamble, Purpose, Token};
 use crate::report::DestinationReport;
 use crate::transport::Listener;
 use crate::wire::{Patience, Wire};
@@ -79,10 +79,10 @@ impl Witness {
     }
 }
 
-/// A connection whose preamble announced a move.
-struct Visitor {
-    preamble: Preamble,
-    wire: Wire,
+/// A connection whose preamble announced what is waited for.
+pub(crate) struct Visitor {
+    pub(crate) preamble: Preamble,
+    pub(crate) wire: Wire,
 }
 
 impl Destination {
@@ -105,6 +105,31 @@ impl Destination {
         self,
         mut build: impl FnMut(&[u8]) -> Result<M, MachineError>,
     ) -> Result<Arrival<M>, MigrationError> {
+        let received = self.welcome(
+            Purpose::Move,
+            Endurance::UntilOneArrives,
+            |guest, visitor| guest.receive(visitor, &mut build),
+        )?;
+        let Received {
+            guest: (machine, report),
+            witness,
+            failed_sessions,
+        } = received;
+        Ok(Arrival {
+            machine,
+            report,
+            witness,
+            failed_sessions,
+        })
+    }
+
+    /// Waits until a session of that purpose has brought a guest, which `session` receives.
+    pub(crate) fn welcome<G>(
+        self,
+        purpose: Purpose,
+        endurance: Endurance,
+        mut session: impl FnMut(&Host<'_>, &mut Visitor) -> Result<G, MigrationError>,
+    ) -> Result<Received<G>, MigrationError> {
         let Self { listener, options } = self;
         let incarnation = Token::random().map_err(|source| MigrationError::Host {
             what: "random numbers",
@@ -117,28 +142,32 @@ impl Destination {
         let reception = Reception {
             listener,
             ledger: ledger.clone(),
+            purpose,
             visitors,
             stop: stop.clone(),
             settled: settled.clone(),
             preamble_timeout: options.preamble_timeout,
         };
         let reception = reception.spawn()?;
-        let arrival = wait_for_guest(&door, &ledger, &options, &mut build);
-        let (machine, report, wire, failed_sessions) = match arrival {
-            Ok(arrival) => arrival,
-            Err(error) => {
-                stop.cancel();
-                if reception.join().is_err() {
-                    tracing::error!("the thread that accepts connections panicked");
-                }
-                return Err(error);
-            }
+        let host = Host {
+            ledger: &ledger,
+            options: &options,
         };
+        let (guest, wire, failed_sessions) =
+            match host.wait_for_guest(&door, endurance, &mut session) {
+                Ok(arrival) => arrival,
+                Err(error) => {
+                    stop.cancel();
+                    if reception.join().is_err() {
+                        tracing::error!("the thread that accepts connections panicked");
+                    }
+                    return Err(error);
+                }
+            };
         drop(door);
         spawn_farewell(wire, settled.clone(), stop.clone());
-        Ok(Arrival {
-            machine,
-            report,
+        Ok(Received {
+            guest,
             witness: Witness {
                 settled,
                 stop,
@@ -149,57 +178,91 @@ impl Destination {
     }
 }
 
-fn wait_for_guest<M: DestinationMachine>(
-    door: &Receiver<Visitor>,
-    ledger: &Ledger,
-    options: &DestinationOptions,
-    build: &mut impl FnMut(&[u8]) -> Result<M, MachineError>,
-) -> Result<(M, DestinationReport, Wire, u32), MigrationError> {
-    let mut failed = 0;
-    loop {
-        if options.cancel.is_cancelled() {
-            return Err(MigrationError::Cancelled);
-        }
-        let mut visitor = match door.recv_timeout(SLICE) {
-            Ok(visitor) => visitor,
-            Err(RecvTimeoutError::Timeout) => continue,
-            Err(RecvTimeoutError::Disconnected) => {
-                return Err(MigrationError::Refused {
-                    reason: "the listening socket failed".to_owned(),
-                });
+/// How long a destination waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Endurance {
+    /// Until a guest has arrived, however many sessions fail before.
+    UntilOneArrives,
+    /// For one session.
+    OneSession,
+}
+
+/// A guest that has arrived by whatever session.
+pub(crate) struct Received<G> {
+    pub(crate) guest: G,
+    pub(crate) witness: Witness,
+    pub(crate) failed_sessions: u32,
+}
+
+/// What sessions share.
+pub(crate) struct Host<'a> {
+    pub(crate) ledger: &'a Ledger,
+    pub(crate) options: &'a DestinationOptions,
+}
+
+impl Host<'_> {
+    fn wait_for_guest<G>(
+        &self,
+        door: &Receiver<Visitor>,
+        endurance: Endurance,
+        session: &mut impl FnMut(&Self, &mut Visitor) -> Result<G, MigrationError>,
+    ) -> Result<(G, Wire, u32), MigrationError> {
+        let mut failed = 0;
+        loop {
+            if self.options.cancel.is_cancelled() {
+                return Err(MigrationError::Cancelled);
             }
-        };
-        let token = visitor.preamble.token;
-        let peer = visitor.wire.peer().to_owned();
-        match receive(&mut visitor, ledger, options, build) {
-            Ok((machine, report)) => return Ok((machine, report, visitor.wire, failed)),
-            Err(error) => {
-                // First the promise, then the words: the source may act on either.
-                ledger.relinquish(token);
-                failed += 1;
-                tracing::warn!(%peer, %token, error = %error.chain(), "an incoming migration failed");
-                visitor.wire.abort(error.chain());
+            let mut visitor = match door.recv_timeout(SLICE) {
+                Ok(visitor) => visitor,
+                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(MigrationError::Refused {
+                        reason: "the listening socket failed".to_owned(),
+                    });
+                }
+            };
+            let token = visitor.preamble.token;
+            let peer = visitor.wire.peer().to_owned();
+            match session(self, &mut visitor) {
+                Ok(guest) => return Ok((guest, visitor.wire, failed)),
+                Err(error) => {
+                    // First the promise, then the words: the source may act on either.
+                    self.ledger.relinquish(token);
+                    failed += 1;
+                    tracing::warn!(%peer, %token, error = %error.chain(), "an incoming migration failed");
+                    visitor.wire.abort(error.chain());
+                    if endurance == Endurance::OneSession {
+                        return Err(error);
+                    }
+                }
             }
         }
     }
-}
 
-fn receive<M: DestinationMachine>(
-    visitor: &mut Visitor,
-    ledger: &Ledger,
-    options: &DestinationOptions,
-    build: &mut impl FnMut(&[u8]) -> Result<M, MachineError>,
-) -> Result<(M, DestinationReport), MigrationError> {
-    let wire = &mut visitor.wire;
-    let token = visitor.preamble.token;
-    wire.send_preamble(&visitor.preamble, Patience::Idle(options.idle_timeout))?;
-    let Some(fence) = ledger.offer(token) else {
-        return Err(MigrationError::Refused {
-            reason: "its session was already over".to_owned(),
-        });
-    };
-    wire.set_stops(vec![options.cancel.clone(), fence]);
-    Session::begin(wire, ledger, options, token, build)?.run()
+    /// Answers the preamble; the guest is offered from now on.
+    pub(crate) fn begin(&self, visitor: &mut Visitor) -> Result<(), MigrationError> {
+        let wire = &mut visitor.wire;
+        let patience = Patience::Idle(self.options.idle_timeout);
+        wire.send_preamble(&visitor.preamble, patience)?;
+        let Some(fence) = self.ledger.offer(visitor.preamble.token) else {
+            return Err(MigrationError::Refused {
+                reason: "its session was already over".to_owned(),
+            });
+        };
+        wire.set_stops(vec![self.options.cancel.clone(), fence]);
+        Ok(())
+    }
+
+    fn receive<M: DestinationMachine>(
+        &self,
+        visitor: &mut Visitor,
+        build: &mut impl FnMut(&[u8]) -> Result<M, MachineError>,
+    ) -> Result<(M, DestinationReport), MigrationError> {
+        self.begin(visitor)?;
+        let token = visitor.preamble.token;
+        let wire = &mut visitor.wire;
+        Session::begin(wire, self.ledger, self.options, token, build)?.run()
+    }
 }
 
 /// Waits on a thread of its own until the source says `Settled` on the session's connection.

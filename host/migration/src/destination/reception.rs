@@ -30,6 +30,8 @@ const SLICE: Duration = Duration::from_millis(50);
 pub(super) struct Reception {
     pub(super) listener: Listener,
     pub(super) ledger: Ledger,
+    /// What a connection must be for to be let through.
+    pub(super) purpose: Purpose,
     pub(super) visitors: SyncSender<Visitor>,
     pub(super) stop: CancelToken,
     pub(super) settled: CancelToken,
@@ -39,6 +41,7 @@ pub(super) struct Reception {
 /// What the thread of one connection needs.
 struct Desk {
     ledger: Ledger,
+    purpose: Purpose,
     visitors: SyncSender<Visitor>,
     settled: CancelToken,
     preamble_timeout: Duration,
@@ -80,6 +83,7 @@ impl Reception {
             stop,
             settled,
             ledger: _,
+            purpose: _,
             preamble_timeout: _,
         } = self;
         drop(visitors);
@@ -101,6 +105,7 @@ impl Reception {
         }
         let desk = Desk {
             ledger: self.ledger.clone(),
+            purpose: self.purpose,
             visitors: self.visitors.clone(),
             settled: self.settled.clone(),
             preamble_timeout: self.preamble_timeout,
@@ -124,10 +129,10 @@ impl Desk {
         let patience = Patience::Until(Instant::now() + self.preamble_timeout);
         let result = match wire.receive_preamble(patience) {
             Ok(preamble) => match preamble.purpose {
-                Purpose::Move => return self.pass_on(preamble, wire),
+                purpose if purpose == self.purpose => return self.pass_on(preamble, wire),
                 Purpose::Inquiry => self.answer(&preamble, &mut wire),
-                Purpose::File => Err(ProtocolError::Preamble {
-                    reason: "a file was sent over a connection",
+                Purpose::Move | Purpose::HandOver | Purpose::File => Err(ProtocolError::Preamble {
+                    reason: "its purpose is not what is waited for here",
                 }
                 .into()),
             },

@@ -52,7 +52,7 @@ kinds! {
     Configuration = 1, Ready = 2, RoundBegin = 3, Pages = 4, ZeroPages = 5, RoundEnd = 6,
     Stored = 7, SwitchOver = 8, States = 9, Prepared = 10, Back = 11, Commit = 12, Running = 13,
     Settled = 14, Abort = 15, KeepAlive = 16, WhoOwns = 17, Ownership = 18, FileHeader = 19,
-    End = 20,
+    End = 20, Descriptors = 40, Leftovers = 41,
 }
 
 impl Kind {
@@ -60,7 +60,7 @@ impl Kind {
     pub fn max_payload(self) -> u32 {
         match self {
             Self::Configuration | Self::States => MAX_BLOB,
-            Self::FileHeader => MAX_BLOB,
+            Self::FileHeader | Self::Leftovers => MAX_BLOB,
             Self::Pages => (4 + MAX_PAGES * (super::runs::RUN_LENGTH + 4096)) as u32,
             Self::ZeroPages => (4 + MAX_ZERO_RUNS * super::runs::RUN_LENGTH) as u32,
             _ => MAX_CONTROL,

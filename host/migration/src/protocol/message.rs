@@ -242,6 +242,25 @@ pub struct End {
     pub hash: u64,
 }
 
+/// What the machine is built around, in a hand-over: descriptors come with this message's bytes.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Descriptors {
+    /// What each is, in the order of the descriptors.
+    #[prost(string, repeated, tag = "1")]
+    pub names: Vec<String>,
+}
+
+/// What a machine that was handed over can have while its guest runs.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Leftovers {
+    /// The machine's own, opaque here.
+    #[prost(bytes = "vec", tag = "1")]
+    pub body: Vec<u8>,
+    /// Names of descriptors that come with this message's bytes.
+    #[prost(string, repeated, tag = "2")]
+    pub names: Vec<String>,
+}
+
 /// A control message, decoded.
 #[derive(Debug, Clone, PartialEq)]
 #[expect(missing_docs, reason = "each variant is the body of the same name")]
@@ -264,6 +283,8 @@ pub enum Message {
     Ownership(Ownership),
     FileHeader(FileHeader),
     End(End),
+    Descriptors(Descriptors),
+    Leftovers(Leftovers),
 }
 
 impl Message {
@@ -288,6 +309,8 @@ impl Message {
             Self::Ownership(_) => Kind::Ownership,
             Self::FileHeader(_) => Kind::FileHeader,
             Self::End(_) => Kind::End,
+            Self::Descriptors(_) => Kind::Descriptors,
+            Self::Leftovers(_) => Kind::Leftovers,
         }
     }
 
@@ -310,6 +333,8 @@ impl Message {
             Self::Ownership(body) => body.encode_to_vec(),
             Self::FileHeader(body) => body.encode_to_vec(),
             Self::End(body) => body.encode_to_vec(),
+            Self::Descriptors(body) => body.encode_to_vec(),
+            Self::Leftovers(body) => body.encode_to_vec(),
         }
     }
 
@@ -344,6 +369,8 @@ impl Message {
             Kind::Ownership => Self::Ownership(body_of(kind, body)?),
             Kind::FileHeader => Self::FileHeader(body_of(kind, body)?),
             Kind::End => Self::End(body_of(kind, body)?),
+            Kind::Descriptors => Self::Descriptors(body_of(kind, body)?),
+            Kind::Leftovers => Self::Leftovers(body_of(kind, body)?),
             Kind::Pages | Kind::ZeroPages => {
                 return Err(ProtocolError::Unexpected {
                     kind,

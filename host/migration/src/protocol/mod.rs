@@ -28,6 +28,8 @@
 //! | 18 | Ownership | destination | answer to 17 | running, starting, relinquished, unknown |
 //! | 19 | FileHeader | file | first | what `inspect` shows |
 //! | 20 | End | file | last | how many frames came before |
+//! | 40 | Descriptors | source | hand-over, after 1 | names of the descriptors that come with it |
+//! | 41 | Leftovers | source | hand-over, after 13 | what the machine can have later |
 //!
 //! A move without trouble:
 //!
@@ -47,6 +49,9 @@
 //!   │ ◀──────────────────────────── Running │
 //!   │ Settled ────────────────────────────▶ │
 //! ```
+//!
+//! A hand-over to another process of the same host ([`crate::handover`]) is the same without
+//! pages: `Descriptors` brings the guest's RAM, and `Leftovers` comes before `Settled`.
 //!
 //! The two state machines are drawn beside their enums, [`crate::source::Phase`] and
 //! [`crate::destination::Stage`]; who owns the guest when, in [`crate::ownership`].

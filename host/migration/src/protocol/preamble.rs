@@ -4,7 +4,7 @@
 //! |---|---|
 //! | 0..8 | magic, `"DUNLIN\x1aM"` |
 //! | 8..10 | protocol version |
-//! | 10..12 | purpose: 1 move, 2 inquiry, 3 file |
+//! | 10..12 | purpose: 1 move, 2 inquiry, 3 file, 6 hand-over |
 //! | 12..16 | length of the preamble itself: 64 |
 //! | 16..24 | features that the reader must have |
 //! | 24..40 | session token |
@@ -82,6 +82,8 @@ pub enum Purpose {
     Inquiry,
     /// A guest at rest.
     File,
+    /// A guest passes to another process of the same host.
+    HandOver,
 }
 
 /// The preamble, decoded.
@@ -103,6 +105,7 @@ impl Preamble {
             Purpose::Move => 1,
             Purpose::Inquiry => 2,
             Purpose::File => 3,
+            Purpose::HandOver => 6,
         };
         bytes[..8].copy_from_slice(&MAGIC);
         bytes[8..10].copy_from_slice(&VERSION.to_le_bytes());
@@ -149,6 +152,7 @@ impl Preamble {
             1 => Purpose::Move,
             2 => Purpose::Inquiry,
             3 => Purpose::File,
+            6 => Purpose::HandOver,
             _ => return damaged("its purpose is unknown"),
         };
         let mut token = [0; 16];
