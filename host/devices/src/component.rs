@@ -4,6 +4,16 @@ use std::fmt::Debug;
 
 use dunlin_guest::{RestoreError, SavedState};
 
+/// Where a paused machine may go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reach {
+    /// In this process or another one of this host: what the host's kernel holds for the guest is
+    /// there, too.
+    ThisHost,
+    /// On any host: what the guest believes to be durable is.
+    AnyHost,
+}
+
 /// A part of the machine with a state that moves with the VM.
 ///
 /// ```text
@@ -22,7 +32,7 @@ pub trait Component: Debug + Send + Sync {
 
     /// Stops all activity: worker threads are parked, in-flight I/O is completed or will be
     /// redone after `resume` from the saved state. Guest memory is not written afterwards.
-    fn pause(&self);
+    fn pause(&self, reach: Reach);
 
     /// Goes on after `pause` or `restore`.
     fn resume(&self);

@@ -15,7 +15,7 @@
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -26,7 +26,7 @@ use std::time::Duration;
 use dunlin_guest::{RestoreError, SavedState};
 
 use crate::bus::{Bus, BusDevice, RangeError};
-use crate::component::Component;
+use crate::component::{Component, Reach};
 use crate::lock;
 
 /// The port.
@@ -89,6 +89,9 @@ pub struct DebugConsoleState {
     /// Bytes that were dropped so far.
     #[prost(uint64, tag = "1")]
     pub dropped: u64,
+    /// Bytes that wait for the reader, when the guest goes on in another process of this host.
+    #[prost(bytes = "vec", tag = "2")]
+    pub pending: Vec<u8>,
 }
 
 #[derive(Debug)]
@@ -112,6 +115,8 @@ struct State {
     /// Nobody reads any more.
     gone: bool,
     ended: bool,
+    /// Paused for another process of this host, which sends what waits.
+    held: bool,
 }
 
 impl DebugConsole {
@@ -145,6 +150,25 @@ impl DebugConsole {
                 Self::start(Output::File(file))
             }
         }
+    }
+
+    /// A device over the descriptor that another process's device for `output` had.
+    ///
+    /// # Errors
+    /// [`DebugConsoleError::Thread`] when the host gives no thread.
+    pub fn adopt(
+        output: &DebugOutput,
+        descriptor: OwnedFd,
+    ) -> Result<Arc<Self>, DebugConsoleError> {
+        Self::start(match output {
+            DebugOutput::Socket(_) => Output::Socket(descriptor.into()),
+            DebugOutput::File(_) => Output::File(descriptor.into()),
+        })
+    }
+
+    /// The descriptor that bytes go to.
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        self.shared.output.as_fd()
     }
 
     fn start(output: Output) -> Result<Arc<Self>, DebugConsoleError> {
@@ -224,13 +248,16 @@ impl Shared {
     /// Sends what waits for the reader, until the device ends.
     fn drain(&self) {
         loop {
-            let idle = |state: &mut State| state.pending.is_empty() && !state.ended;
+            let idle = |state: &mut State| (state.pending.is_empty() || state.held) && !state.ended;
             let waited = self.waiting.wait_while(lock(&self.state), idle);
             if waited.unwrap_or_else(PoisonError::into_inner).ended {
                 return;
             }
             wait_for_room(self.output.as_fd());
-            self.flush(&mut lock(&self.state));
+            let mut state = lock(&self.state);
+            if !state.held {
+                self.flush(&mut state);
+            }
         }
     }
 }
@@ -275,28 +302,43 @@ impl Component for DebugConsole {
         KIND.into()
     }
 
-    /// Nothing to stop: bytes that wait are no part of the guest, and leave this host by
-    /// themselves.
-    fn pause(&self) {
-        self.shared.flush(&mut lock(&self.shared.state));
+    /// Nothing to stop. Bytes that wait leave this host by themselves when the guest leaves it; to
+    /// another process of this host they go with the device.
+    fn pause(&self, reach: Reach) {
+        let mut state = lock(&self.shared.state);
+        self.shared.flush(&mut state);
+        state.held = reach == Reach::ThisHost;
     }
 
-    fn resume(&self) {}
+    fn resume(&self) {
+        lock(&self.shared.state).held = false;
+        self.shared.waiting.notify_one();
+    }
 
     fn save(&self) -> SavedState {
         let State {
-            pending: _,
+            pending,
             dropped,
             gone: _,
             ended: _,
+            held,
         } = &*lock(&self.shared.state);
-        let state = DebugConsoleState { dropped: *dropped };
+        let state = DebugConsoleState {
+            dropped: *dropped,
+            pending: (pending.iter().copied()).filter(|_| *held).collect(),
+        };
         SavedState::encode(&self.name(), KIND, VERSION, &state)
     }
 
     fn restore(&self, state: &SavedState) -> Result<(), RestoreError> {
-        let DebugConsoleState { dropped } = state.decode(KIND, VERSION)?;
-        lock(&self.shared.state).dropped = dropped;
+        let DebugConsoleState { dropped, pending } = state.decode(KIND, VERSION)?;
+        if pending.len() > PENDING {
+            return Err(state.invalid(format!("{} bytes wait", pending.len())));
+        }
+        let mut own = lock(&self.shared.state);
+        own.dropped = dropped;
+        own.pending = pending.into();
+        own.held = true;
         Ok(())
     }
 }
@@ -376,5 +418,34 @@ mod tests {
         let path = PathBuf::from("/nonexistent/socket");
         let error = DebugConsole::open(&DebugOutput::Socket(path)).unwrap_err();
         assert!(error.to_string().contains("/nonexistent/socket"), "{error}");
+    }
+
+    #[test]
+    fn bytes_that_wait_go_to_another_process_of_this_host_once_and_in_order() {
+        let (ours, mut reader) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let descriptor = OwnedFd::from(ours.try_clone().unwrap());
+        let first = DebugConsole::start(Output::Socket(ours)).unwrap();
+        let mut sent = Vec::new();
+        // Until the socket is full and bytes wait.
+        while lock(&first.shared.state).pending.is_empty() {
+            let piece = [sent.len() as u8; 512];
+            first.write(0, &piece);
+            sent.extend(piece);
+        }
+        first.pause(Reach::ThisHost);
+        let output = DebugOutput::Socket("/unused".into());
+        let second = DebugConsole::adopt(&output, descriptor).unwrap();
+        second.restore(&first.save()).unwrap();
+        let mut got = vec![0; sent.len() + 3];
+        let reading = std::thread::spawn(move || {
+            reader.read_exact(&mut got).unwrap();
+            got
+        });
+        second.resume();
+        second.write(0, b"end");
+        sent.extend(b"end");
+        assert_eq!(reading.join().unwrap(), sent);
+        drop(first);
     }
 }

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 use dunlin_guest::{InterruptLine, Msi, MsiSink, RestoreError, SavedState};
 
 use crate::bus::BusDevice;
-use crate::component::Component;
+use crate::component::{Component, Reach};
 use crate::lock;
 
 const KIND: &str = "ioapic";
@@ -296,7 +296,7 @@ impl Component for IoApic {
         "ioapic".into()
     }
 
-    fn pause(&self) {}
+    fn pause(&self, _reach: Reach) {}
 
     fn resume(&self) {}
 

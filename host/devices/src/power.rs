@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use dunlin_guest::{InterruptLine, RestoreError, SavedState, layout};
 
 use crate::bus::{Bus, BusDevice, RangeError};
-use crate::component::Component;
+use crate::component::{Component, Reach};
 
 const KIND: &str = "power";
 const VERSION: u32 = 1;
@@ -127,7 +127,7 @@ impl Component for PowerDevice {
         "power".into()
     }
 
-    fn pause(&self) {}
+    fn pause(&self, _reach: Reach) {}
 
     fn resume(&self) {}
 

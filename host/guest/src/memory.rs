@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::FromRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -55,6 +55,14 @@ pub enum MemoryError {
         #[source]
         source: io::Error,
     },
+    /// A file that came from another process is not the RAM that it should be.
+    #[error("the file that came is no guest memory of {size} bytes: {reason}")]
+    Foreign {
+        /// What it should hold, in bytes.
+        size: u64,
+        /// What is wrong with it.
+        reason: String,
+    },
 }
 
 /// Guest RAM and its dirty log. Cheap to clone; clones share the same RAM.
@@ -83,6 +91,50 @@ impl Memory {
         let reserve = |source| MemoryError::Reserve { size, source };
         let file = memory_file(size).map_err(reserve)?;
         Self::map(file, size, &regions)
+    }
+
+    /// Maps RAM that another process made by [`Memory::new`] and still maps: both see the same
+    /// bytes. The dirty log is this process's own.
+    ///
+    /// # Errors
+    /// [`MemoryError::Foreign`] when the file is not `size` bytes of RAM that nobody can cut short
+    /// under the mapping, [`MemoryError`] as in [`Memory::new`].
+    pub fn from_file(file: File, size: u64) -> Result<Self, MemoryError> {
+        let regions = ram_regions(size)?;
+        let foreign = |reason: String| MemoryError::Foreign { size, reason };
+        let length = file
+            .metadata()
+            .map_err(|error| foreign(error.to_string()))?;
+        if length.len() != size {
+            return Err(foreign(format!("it has {} bytes", length.len())));
+        }
+        match seals(&file) {
+            Ok(seals) if seals & SEALS == SEALS && seals & WRITE_SEALS == 0 => {}
+            Ok(seals) => return Err(foreign(format!("its seals are {seals:#x}"))),
+            Err(error) => return Err(foreign(format!("it has no seals: {error}"))),
+        }
+        Self::map(file, size, &regions)
+    }
+
+    /// Maps the pages that exist already, so that nobody waits for a fault at each of them later.
+    /// Returns how many bytes exist.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn map_resident(&self) -> io::Result<u64> {
+        let mut resident = 0;
+        for region in self.regions.iter() {
+            let end = region.ram.offset + region.ram.size;
+            let mut at = region.ram.offset;
+            while let Some((start, stop)) = next_data(&self.file, at, end)? {
+                let within = (start - region.ram.offset) as usize;
+                let length = (stop - start) as usize;
+                populate(region.mapping.as_ptr().wrapping_add(within), length)?;
+                resident += stop - start;
+                at = stop;
+            }
+        }
+        Ok(resident)
     }
 
     fn map(file: File, size: u64, regions: &[RamRegion]) -> Result<Self, MemoryError> {
@@ -234,14 +286,89 @@ fn memory_file(size: u64) -> io::Result<File> {
     // SAFETY: the name is a NUL-terminated constant; the descriptor that comes back is ours.
     #[expect(unsafe_code, reason = "memfd_create has no safe wrapper in std")]
     let file = unsafe {
-        let fd = libc::memfd_create(c"dunlin-guest-ram".as_ptr(), libc::MFD_CLOEXEC);
+        let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+        let fd = libc::memfd_create(c"dunlin-guest-ram".as_ptr(), flags);
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
         File::from_raw_fd(fd)
     };
     file.set_len(size)?;
+    // SAFETY: the call takes an open descriptor and integers.
+    #[expect(unsafe_code, reason = "seals have no safe wrapper in std")]
+    let sealed = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, SEALS) };
+    if sealed < 0 {
+        return Err(io::Error::last_os_error());
+    }
     Ok(file)
+}
+
+/// RAM keeps its size for ever: a process that maps it is not killed by another that has it.
+const SEALS: libc::c_int = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+/// Seals that RAM cannot have.
+const WRITE_SEALS: libc::c_int = libc::F_SEAL_WRITE | libc::F_SEAL_FUTURE_WRITE;
+
+fn seals(file: &File) -> io::Result<libc::c_int> {
+    // SAFETY: the call takes an open descriptor and an integer.
+    #[expect(unsafe_code, reason = "seals have no safe wrapper in std")]
+    let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
+    if seals < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(seals)
+}
+
+/// The next stretch of whole pages with content in `from..end` of the file.
+fn next_data(file: &File, from: u64, end: u64) -> io::Result<Option<(u64, u64)>> {
+    let seek = |at: u64, whence| {
+        // SAFETY: the call takes an open descriptor and integers. Nobody uses the file's position.
+        #[expect(unsafe_code, reason = "std does not look for holes")]
+        let found = unsafe { libc::lseek(file.as_raw_fd(), at as libc::off_t, whence) };
+        match found {
+            0.. => Ok(Some(found as u64)),
+            _ => match io::Error::last_os_error() {
+                error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+                error => Err(error),
+            },
+        }
+    };
+    if from >= end {
+        return Ok(None);
+    }
+    let Some(start) = seek(from, libc::SEEK_DATA)?.filter(|start| *start < end) else {
+        return Ok(None);
+    };
+    let stop = seek(start, libc::SEEK_HOLE)?.unwrap_or(end).min(end);
+    // A hole that somebody has filled meanwhile: go on behind the first page.
+    let stop = stop.max(start + PAGE_SIZE).min(end);
+    Ok(Some((start & !(PAGE_SIZE - 1), stop)))
+}
+
+/// Fills the page tables of part of a mapping, in pieces, so that no lock is held for long.
+fn populate(start: *mut u8, length: usize) -> io::Result<()> {
+    const PIECE: usize = 16 << 20;
+    let mut done = 0;
+    while done < length {
+        let piece = PIECE.min(length - done);
+        // SAFETY: the range lies in a mapping that the caller keeps alive; the advice changes no
+        // byte of it.
+        #[expect(unsafe_code, reason = "madvise has no safe wrapper in std")]
+        let result = unsafe {
+            let at = start.wrapping_add(done).cast();
+            libc::madvise(at, piece, libc::MADV_POPULATE_WRITE)
+        };
+        if result < 0 {
+            let error = io::Error::last_os_error();
+            match error.raw_os_error() {
+                Some(libc::EINTR | libc::EAGAIN) => continue,
+                // A kernel before 5.14: the pages are mapped when they are touched.
+                Some(libc::EINVAL) => return Ok(()),
+                _ => return Err(error),
+            }
+        }
+        done += piece;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -295,5 +422,40 @@ mod tests {
         assert!(memory.read_page(PageIndex(5), &mut back));
         assert_eq!(page, back);
         assert!(!memory.read_page(PageIndex(256), &mut back));
+    }
+
+    #[test]
+    fn two_mappings_of_one_ram_see_the_same_bytes() {
+        let first = Memory::new(4 << 20).unwrap();
+        let mut page = [0u8; 4096];
+        page[5] = 7;
+        first.write_page(PageIndex(3), &page);
+        first.write_page(PageIndex(1000), &page);
+        let second = Memory::from_file(first.file().try_clone().unwrap(), 4 << 20).unwrap();
+        assert_eq!(second.map_resident().unwrap(), 2 * PAGE_SIZE);
+        let mut back = [0u8; 4096];
+        second.read_page(PageIndex(1000), &mut back);
+        assert_eq!(back, page);
+        page[5] = 8;
+        second.write_page(PageIndex(3), &page);
+        first.read_page(PageIndex(3), &mut back);
+        assert_eq!(back, page);
+        assert!(!first.dirty_log().is_dirty(PageIndex(5)));
+        assert_eq!(second.dirty_log().count(), 1);
+    }
+
+    #[test]
+    fn a_file_that_is_no_ram_of_that_size_is_refused() {
+        let memory = Memory::new(4 << 20).unwrap();
+        let other_size = Memory::from_file(memory.file().try_clone().unwrap(), 8 << 20);
+        assert!(matches!(other_size, Err(MemoryError::Foreign { .. })));
+        assert!(
+            memory.file().set_len(1 << 20).is_err(),
+            "its size is sealed"
+        );
+        let ordinary = tempfile::tempfile().unwrap();
+        ordinary.set_len(4 << 20).unwrap();
+        let unsealed = Memory::from_file(ordinary, 4 << 20);
+        assert!(matches!(unsealed, Err(MemoryError::Foreign { .. })));
     }
 }

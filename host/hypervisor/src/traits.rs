@@ -201,7 +201,9 @@ pub trait Vcpu: Debug + Send {
     fn save(&mut self) -> Result<CpuState, EngineError>;
 
     /// Replaces the architectural state. The clock goes on as if no time had been lost: the
-    /// guest's TSC is the saved one plus the real time that has passed since.
+    /// guest's TSC is the saved one plus the real time that has passed since. Writes no guest
+    /// memory: what the guest must find there (its clock page) is written by the next `run`, since
+    /// until then the memory may be that of a guest that runs in another process.
     ///
     /// # Errors
     /// [`EngineError::InvalidState`] when a value cannot be; the vCPU is then unchanged.

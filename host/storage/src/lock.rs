@@ -8,10 +8,14 @@
 //! An image is opened without a lock, so that the destination of a move can open it while the
 //! source still runs. The source gives the lock back after it was paused and flushed; the
 //! destination takes it before the guest runs. The kernel drops it when the process ends.
+//!
+//! Between two processes of one host the descriptor itself is handed over. The lock is the open
+//! file's, so it is never free meanwhile: the old process *lends* it, the new one acquires what is
+//! held already.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -104,6 +108,17 @@ impl ImageLock {
             .map_err(|source| self.host_error("unlock", source))
     }
 
+    /// Lets another process go on with the lock: this one accesses the image no more, and the
+    /// lock stays with the descriptor that both share. [`ImageLock::acquire`] takes it back.
+    pub fn lend(&self) {
+        self.held.store(false, Ordering::Release);
+    }
+
+    /// The image's descriptor, whose lock it is: whoever gets a copy shares the lock.
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
     fn host_error(&self, action: &'static str, source: io::Error) -> LockError {
         LockError::Host {
             action,
@@ -185,5 +200,23 @@ mod tests {
         drop(first);
         let second = RawDisk::open(file.path(), DiskMode::ReadWrite).unwrap();
         second.lock().acquire().unwrap();
+    }
+
+    #[test]
+    fn a_lent_lock_is_never_free() {
+        let file = image();
+        let old = RawDisk::open(file.path(), DiskMode::ReadWrite).unwrap();
+        old.lock().acquire().unwrap();
+        let copy = old.lock().descriptor().try_clone_to_owned().unwrap();
+        let new = RawDisk::adopt(copy.into(), file.path(), DiskMode::ReadWrite).unwrap();
+        let stranger = RawDisk::open(file.path(), DiskMode::ReadWrite).unwrap();
+        old.lock().lend();
+        assert!(!old.lock().is_held());
+        assert!(stranger.lock().acquire().is_err());
+        new.lock().acquire().unwrap();
+        drop(old);
+        assert!(stranger.lock().acquire().is_err());
+        drop(new);
+        stranger.lock().acquire().unwrap();
     }
 }

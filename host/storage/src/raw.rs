@@ -52,6 +52,36 @@ impl RawDisk {
             .write(mode == DiskMode::ReadWrite)
             .open(path)
             .map_err(open_error)?;
+        Self::with_file(file, path, mode)
+    }
+
+    /// As [`RawDisk::open`], for an image that another process has opened and handed over, together
+    /// with its lock; `path` names it in messages.
+    ///
+    /// # Errors
+    /// As [`RawDisk::open`]; [`DiskError::Open`] too when it was opened for something else.
+    pub fn adopt(file: File, path: &Path, mode: DiskMode) -> Result<Self, DiskError> {
+        let refused = |source| DiskError::Open {
+            path: path.display().to_string(),
+            source,
+        };
+        let flags = rustix::fs::fcntl_getfl(&file).map_err(|errno| refused(errno.into()))?;
+        let access = match mode {
+            DiskMode::ReadOnly => rustix::fs::OFlags::RDONLY,
+            DiskMode::ReadWrite => rustix::fs::OFlags::RDWR,
+        };
+        if flags & rustix::fs::OFlags::RWMODE != access {
+            let reason = "the descriptor that came was opened for another kind of access";
+            return Err(refused(io::Error::new(io::ErrorKind::InvalidInput, reason)));
+        }
+        Self::with_file(file, path, mode)
+    }
+
+    fn with_file(file: File, path: &Path, mode: DiskMode) -> Result<Self, DiskError> {
+        let open_error = |source| DiskError::Open {
+            path: path.display().to_string(),
+            source,
+        };
         let metadata = file.metadata().map_err(open_error)?;
         if !metadata.is_file() {
             return Err(open_error(io::Error::new(

@@ -36,4 +36,4 @@ pub use forward::{
 };
 pub use port::{Frame, MAX_FRAME, MacAddress, MacAddressError, Port, PortError};
 pub use process::{ControlClient, ControlError, ControlRequest, SwitchProcess};
-pub use unix_port::{UnixPort, UnixPortCounters};
+pub use unix_port::{PortSocket, UnixPort, UnixPortCounters};

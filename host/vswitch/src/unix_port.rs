@@ -15,7 +15,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use crate::announce::announcement;
@@ -69,10 +70,12 @@ pub struct UnixPortCounters {
 /// A device's end of a `unix` port of the switch. Send what a VM's network device sends into it.
 #[derive(Debug)]
 pub struct UnixPort {
-    socket: UnixDatagram,
+    socket: Arc<UnixDatagram>,
     poller: Poller,
     timer: PeriodicTimer,
     local: PathBuf,
+    /// Another process goes on with the socket and its path.
+    given_away: Arc<AtomicBool>,
     switch: PathBuf,
     /// The switch's socket that this one is connected to.
     connected: Option<Incarnation>,
@@ -85,6 +88,38 @@ pub struct UnixPort {
     /// Reused between looks.
     events: Vec<Ready>,
     counters: UnixPortCounters,
+}
+
+/// Reaches a port's socket while the port belongs to a device, to hand it to another process.
+#[derive(Debug, Clone)]
+pub struct PortSocket {
+    socket: Arc<UnixDatagram>,
+    local: PathBuf,
+    given_away: Arc<AtomicBool>,
+}
+
+impl PortSocket {
+    /// The socket, bound and connected. Frames that wait in it wait for whoever has a copy.
+    #[must_use]
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// Where it is bound.
+    #[must_use]
+    pub fn local(&self) -> &Path {
+        &self.local
+    }
+
+    /// Another process goes on with the socket: its path stays when this port is dropped.
+    pub fn give_away(&self) {
+        self.given_away.store(true, Ordering::Release);
+    }
+
+    /// Undoes [`PortSocket::give_away`]: the path is removed with this port.
+    pub fn take_back(&self) {
+        self.given_away.store(false, Ordering::Release);
+    }
 }
 
 impl UnixPort {
@@ -118,9 +153,56 @@ impl UnixPort {
             }
         };
         let socket = bind_datagram(local).map_err(failed("bind"))?;
-        let (poller, timer) = watch(&socket).map_err(failed("watch"))?;
-        let mut port = UnixPort {
-            socket,
+        let mut port = Self::with_socket(socket, local, switch).map_err(failed("watch"))?;
+        if let Err(error) = port.connect() {
+            tracing::debug!(switch = %port.switch.display(), %error, "switch not there yet");
+        }
+        Ok(port)
+    }
+
+    /// Goes on with the socket of a port of another process, which is bound to `local` and may be
+    /// connected. No frame is lost: what waits in the socket waits for this port. Until
+    /// [`PortSocket::take_back`] its path stays when this port is dropped.
+    ///
+    /// # Errors
+    /// [`PortError`] when it is no such socket, or cannot be watched.
+    pub fn adopt(socket: UnixDatagram, local: &Path, switch: &Path) -> Result<Self, PortError> {
+        let failed = |action| {
+            let port = local.display().to_string();
+            move |source| PortError::Io {
+                action,
+                port,
+                source,
+            }
+        };
+        let bound = socket.local_addr().map_err(failed("adopt"))?;
+        if bound.as_pathname() != Some(local) {
+            let reason = "the socket that came is bound to another path";
+            return Err(failed("adopt")(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                reason,
+            )));
+        }
+        socket.set_nonblocking(true).map_err(failed("adopt"))?;
+        let mut port = Self::with_socket(socket, local, switch).map_err(failed("watch"))?;
+        port.given_away.store(true, Ordering::Release);
+        // To the same socket of the switch it changes nothing, and to a new one it is due.
+        match Incarnation::of(switch).and_then(|now| port.socket.connect(switch).map(|()| now)) {
+            Ok(incarnation) => port.connected = Some(incarnation),
+            Err(error) => {
+                tracing::debug!(switch = %port.switch.display(), %error, "switch not there now");
+            }
+        }
+        // The other process has spoken for it.
+        port.spoken = true;
+        Ok(port)
+    }
+
+    fn with_socket(socket: UnixDatagram, local: &Path, switch: &Path) -> io::Result<Self> {
+        let (poller, timer) = watch(&socket)?;
+        Ok(UnixPort {
+            socket: Arc::new(socket),
+            given_away: Arc::default(),
             poller,
             timer,
             local: local.to_owned(),
@@ -132,11 +214,17 @@ impl UnixPort {
             batch: ReceiveBatch::new(MAX_FRAME),
             events: Vec::new(),
             counters: UnixPortCounters::default(),
-        };
-        if let Err(error) = port.connect() {
-            tracing::debug!(switch = %port.switch.display(), %error, "switch not there yet");
+        })
+    }
+
+    /// Its socket, for another process.
+    #[must_use]
+    pub fn socket(&self) -> PortSocket {
+        PortSocket {
+            socket: Arc::clone(&self.socket),
+            local: self.local.clone(),
+            given_away: Arc::clone(&self.given_away),
         }
-        Ok(port)
     }
 
     /// Path of the port's own socket: what a switch port calls its peer.
@@ -394,7 +482,8 @@ impl Port for UnixPort {
 
 impl Drop for UnixPort {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.local)
+        if !self.given_away.load(Ordering::Acquire)
+            && let Err(error) = std::fs::remove_file(&self.local)
             && error.kind() != io::ErrorKind::NotFound
         {
             tracing::debug!(path = %self.local.display(), %error, "failed to remove a port's socket");
@@ -559,5 +648,39 @@ mod tests {
         assert_eq!(buffer[..6], [0xff; 6]);
         assert_eq!(buffer[6..12], mac.0);
         assert_eq!(buffer[12..22], [0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3]);
+    }
+
+    #[test]
+    fn an_adopted_socket_loses_no_frame_and_keeps_its_path() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("switch");
+        let switch = bind_datagram(&path).unwrap();
+        let old = UnixPort::open("vm", directory.path(), &path).unwrap();
+        let local = old.local().to_owned();
+        switch.send_to(&[1; 60], &local).unwrap();
+        let socket = old.socket();
+        let copy = socket.descriptor().try_clone_to_owned().unwrap();
+        let mut new = UnixPort::adopt(copy.into(), &local, &path).unwrap();
+        socket.give_away();
+        drop(old);
+        switch.send_to(&[2; 60], &local).unwrap();
+        let mut frames = Vec::new();
+        assert_eq!(new.receive(&mut frames, 10).unwrap(), 2);
+        assert_eq!(frames, [frame(1, 60), frame(2, 60)]);
+        assert_eq!(new.send(&[frame(3, 60)]).unwrap(), 1);
+        let mut buffer = [0; 64];
+        assert_eq!(switch.recv(&mut buffer).unwrap(), 60);
+        // Not given the guest after all: the path is the old process's.
+        drop(new);
+        assert!(local.exists());
+    }
+
+    #[test]
+    fn another_socket_than_the_ports_is_not_adopted() {
+        let directory = tempfile::tempdir().unwrap();
+        let other = bind_datagram(&directory.path().join("other")).unwrap();
+        let local = directory.path().join("local");
+        let error = UnixPort::adopt(other, &local, &directory.path().join("switch")).unwrap_err();
+        assert!(std::error::Error::source(&error).is_some());
     }
 }

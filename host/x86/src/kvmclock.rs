@@ -244,6 +244,8 @@ pub struct KvmClock {
     system_time: u64,
     wall_clock: u64,
     version: u32,
+    /// The page lags behind the MSR: a state was restored, and the processor has not run since.
+    stale: bool,
 }
 
 impl KvmClock {
@@ -283,19 +285,24 @@ impl KvmClock {
         self.publish(value, &body, memory);
     }
 
-    /// Takes over both MSRs from a saved state and writes the page anew.
-    pub fn restore(
-        &mut self,
-        (system_time, wall_clock): (u64, u64),
-        clock: &GuestClock,
-        memory: &dyn PhysicalMemory,
-    ) {
+    /// Takes over both MSRs from a saved state. Memory stays as it is until [`KvmClock::refresh`]:
+    /// it may still be another process's, which runs on when this one is not given the guest.
+    pub fn restore(&mut self, (system_time, wall_clock): (u64, u64)) {
         self.wall_clock = wall_clock;
-        self.set_system_time(system_time, clock, memory);
+        self.system_time = system_time;
+        self.stale = true;
+    }
+
+    /// Writes the page anew if a state was restored since it was written.
+    pub fn refresh(&mut self, clock: &GuestClock, memory: &dyn PhysicalMemory) {
+        if self.stale {
+            self.update(clock, memory);
+        }
     }
 
     /// Writes the page anew, after the clock was changed.
     pub fn update(&mut self, clock: &GuestClock, memory: &dyn PhysicalMemory) {
+        self.stale = false;
         if self.system_time & 1 == 0 {
             return;
         }

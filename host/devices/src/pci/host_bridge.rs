@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use dunlin_guest::{RestoreError, SavedState};
 
 use super::{BarDoorbell, ConfigSpace, ConfigState, Function, Identity};
-use crate::component::Component;
+use crate::component::{Component, Reach};
 use crate::lock;
 
 const KIND: &str = "pci-host-bridge";
@@ -35,7 +35,7 @@ impl Component for HostBridge {
         "pci/00:00.0".into()
     }
 
-    fn pause(&self) {}
+    fn pause(&self, _reach: Reach) {}
 
     fn resume(&self) {}
 

@@ -10,7 +10,7 @@ use dunlin_guest::{Doorbell, RestoreError, SavedState, layout};
 use super::config::Bar;
 use super::{Address, DoorbellHost, Function, HostBridge, Windows, window};
 use crate::bus::{Bus, BusDevice, RangeError};
-use crate::component::Component;
+use crate::component::{Component, Reach};
 use crate::power::PowerEvents;
 use crate::{lock, read_lock, write_lock};
 
@@ -255,7 +255,7 @@ impl Component for RootComplex {
         "pci".into()
     }
 
-    fn pause(&self) {}
+    fn pause(&self, _reach: Reach) {}
 
     /// Routes follow the functions, whose states may have been restored after this one's.
     fn resume(&self) {

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::bus::Bus;
+use crate::component::Reach;
 use crate::recorder::{Doorbells, Messages, Power};
 
 const BAR_SIZE: u64 = 0x4000;
@@ -53,7 +54,7 @@ impl Component for Device {
     fn name(&self) -> String {
         "pci/00:01.0".into()
     }
-    fn pause(&self) {}
+    fn pause(&self, _reach: Reach) {}
     fn resume(&self) {}
     fn save(&self) -> SavedState {
         SavedState::encode(&self.name(), "test", 1, &lock(&self.config).save())

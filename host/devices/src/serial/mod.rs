@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex};
 use dunlin_guest::{InterruptLine, RestoreError, SavedState, layout};
 
 use crate::bus::{Bus, BusDevice, RangeError};
-use crate::component::Component;
+use crate::component::{Component, Reach};
 use crate::lock;
 
 pub use uart::UartState;
@@ -118,7 +118,7 @@ impl Component for Serial {
         "serial".into()
     }
 
-    fn pause(&self) {}
+    fn pause(&self, _reach: Reach) {}
 
     fn resume(&self) {}
 

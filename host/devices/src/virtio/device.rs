@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use super::interrupt::Interrupt;
 use super::ring::{Queue, RingError};
+use crate::component::Reach;
 use crate::lock;
 
 /// What kind of device it is (virtio 1.2, chapter 5).
@@ -217,8 +218,9 @@ pub trait VirtioDevice: Debug + Send {
     /// The descriptor that [`Wait::readable`] speaks of.
     fn back_end(&self) -> Option<BorrowedFd<'_>>;
 
-    /// The machine pauses, and may go on elsewhere: make durable what the driver believes to be.
-    fn pause(&mut self);
+    /// The machine pauses. Where it may go on on another host, make durable what the driver
+    /// believes to be.
+    fn pause(&mut self, reach: Reach);
 
     /// The device's own state, encoded; queues, features and configuration are not part of it.
     fn save(&self) -> Vec<u8>;

@@ -5,6 +5,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use super::{Chain, DeviceConfig, DeviceType, Queues, RingError, VirtioDevice, Wait};
+use crate::component::Reach;
 
 const QUEUE_SIZE: u16 = 64;
 /// Most bytes for one request: a driver that gives a larger buffer gets the rest next time.
@@ -85,7 +86,7 @@ impl VirtioDevice for Entropy {
         None
     }
 
-    fn pause(&mut self) {}
+    fn pause(&mut self, _reach: Reach) {}
 
     fn save(&self) -> Vec<u8> {
         let Self {

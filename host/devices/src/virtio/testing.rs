@@ -10,7 +10,7 @@ use vm_memory::Bytes;
 
 use super::pci::VirtioPci;
 use super::{VirtioDevice, feature};
-use crate::component::Component;
+use crate::component::{Component, Reach};
 use crate::lock;
 use crate::pci::{Address, Function};
 
@@ -395,7 +395,7 @@ impl Driver {
 
     /// Pauses and saves the device, and goes on with `device` in its place.
     pub(crate) fn move_to(&mut self, device: Box<dyn VirtioDevice>) {
-        self.device.pause();
+        self.device.pause(Reach::AnyHost);
         let state = self.device.save();
         let target = on_pci(device, &self.memory, &self.sink);
         target.restore(&state).unwrap();

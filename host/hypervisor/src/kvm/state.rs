@@ -20,7 +20,7 @@ use super::convert::{
     level_vectors, registers, segments, to_kvm_events, to_kvm_regs, to_kvm_sregs, to_kvm_xcrs,
     to_kvm_xsave,
 };
-use super::vcpu::KvmVcpu;
+use super::vcpu::{GuestClocks, KvmVcpu};
 use super::{host_error, lock};
 use crate::EngineError;
 
@@ -162,6 +162,10 @@ impl KvmVcpu {
                 *place(&mut msrs) = self.read_msr(index)?;
             }
         }
+        if let Some(GuestClocks { system_time, wall }) = self.pending_clocks {
+            msrs.kvmclock_system_time = system_time;
+            msrs.kvmclock_wall_clock = wall;
+        }
         let xcr0 = match xcrs.xcrs.first() {
             Some(first) if xcrs.nr_xcrs > 0 && self.has_xsave => first.value,
             _ => XCR0_LEGACY,
@@ -211,6 +215,10 @@ impl KvmVcpu {
 
     pub(super) fn write_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
         self.check(state)?;
+        self.pending_clocks = Some(GuestClocks {
+            system_time: state.msrs.kvmclock_system_time,
+            wall: state.msrs.kvmclock_wall_clock,
+        });
         let failed = |what, action| self.refused(what, action);
         if self.has_xsave {
             self.fd
@@ -241,15 +249,9 @@ impl KvmVcpu {
         let mut msrs = state.msrs;
         for (index, place) in &MSRS[..MSRS.len() - 1] {
             let value = *place(&mut msrs);
-            if self.known_msrs.contains(index) {
+            let is_clock = matches!(*index, MSR_SYSTEM_TIME | MSR_WALL_CLOCK);
+            if self.known_msrs.contains(index) && !is_clock {
                 self.write_msr(*index, value)?;
-            }
-        }
-        // The kernel writes the guest's clock page as it takes these, behind the dirty log.
-        let memory = &self.shared.memory;
-        for place in [msrs.kvmclock_system_time, msrs.kvmclock_wall_clock] {
-            if let Some(page) = memory.page_of(place & !1) {
-                memory.dirty_log().mark(page);
             }
         }
         let lapic = kvm_lapic_state {
@@ -273,6 +275,26 @@ impl KvmVcpu {
         self.fd
             .set_vcpu_events(&to_kvm_events(state))
             .map_err(failed("the pending events", "write pending events"))
+    }
+
+    /// Tells the kernel where the guest's clocks lie, if a state was restored since the last run.
+    /// It writes them into guest memory, which may be another process's before that.
+    pub(super) fn place_clocks(&mut self) -> Result<(), EngineError> {
+        let Some(GuestClocks { system_time, wall }) = self.pending_clocks.take() else {
+            return Ok(());
+        };
+        for (index, place) in [(MSR_SYSTEM_TIME, system_time), (MSR_WALL_CLOCK, wall)] {
+            if !self.known_msrs.contains(&index) {
+                continue;
+            }
+            self.write_msr(index, place)?;
+            // Behind the dirty log.
+            let memory = &self.shared.memory;
+            if let Some(page) = memory.page_of(place & !1) {
+                memory.dirty_log().mark(page);
+            }
+        }
+        Ok(())
     }
 
     /// What the kernel would not check, or only after other things were changed.

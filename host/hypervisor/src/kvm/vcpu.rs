@@ -57,6 +57,13 @@ struct PortAccess {
     offset: usize,
 }
 
+/// Where the guest's clocks lie, as the paravirtual clock's registers have it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct GuestClocks {
+    pub(super) system_time: u64,
+    pub(super) wall: u64,
+}
+
 #[derive(Debug)]
 pub(super) struct KvmVcpu {
     pub(super) id: VcpuId,
@@ -67,6 +74,8 @@ pub(super) struct KvmVcpu {
     pub(super) known_msrs: Vec<u32>,
     /// The baseline has XSAVE, so that XCR0 exists.
     pub(super) has_xsave: bool,
+    /// Of a restored state that has not run yet; see [`KvmVcpu::place_clocks`].
+    pub(super) pending_clocks: Option<GuestClocks>,
     kick: Arc<Kick>,
     thread: Option<ThreadId>,
     access: Access,
@@ -94,6 +103,7 @@ impl KvmVcpu {
             interrupts,
             known_msrs: Vec::new(),
             has_xsave: false,
+            pending_clocks: None,
             kick: Arc::new(Kick::new(immediate_exit)),
             thread: None,
             access: Access::None,
@@ -262,6 +272,7 @@ impl Vcpu for KvmVcpu {
             self.thread = Some(thread);
         }
         self.answer();
+        self.place_clocks()?;
         loop {
             let raised = match self.ready.take() {
                 Some(raised) => raised,

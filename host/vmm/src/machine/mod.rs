@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 use dunlin_api::VmConfig;
 use dunlin_api::status::ExitCounts;
-use dunlin_devices::component::Component;
+use dunlin_devices::component::{Component, Reach};
 use dunlin_guest::Memory;
 use dunlin_hypervisor::{Engine, Vm};
 use dunlin_storage::{ImageLock, LockError};
@@ -126,15 +126,28 @@ impl Machine {
 
     /// Stops the guest. Its memory does not change from the return on.
     pub(crate) fn pause(&self, locks: DiskLocks) -> Result<(), MachineFailure> {
+        self.stop(Reach::AnyHost)?;
+        if locks == DiskLocks::Release {
+            self.unlock_disks();
+        }
+        Ok(())
+    }
+
+    /// As [`Machine::pause`], for a guest that may go on in another process of this host, which
+    /// has copies of this one's descriptors: nothing is flushed, and the locks of disks are lent.
+    pub(crate) fn pause_for_hand_over(&self) -> Result<(), MachineFailure> {
+        self.stop(Reach::ThisHost)?;
+        self.locks.iter().for_each(ImageLock::lend);
+        Ok(())
+    }
+
+    fn stop(&self, reach: Reach) -> Result<(), MachineFailure> {
         let tickets: Vec<_> = self.vcpus.iter().map(VcpuThread::begin_pause).collect();
         for ticket in tickets {
             ticket?.wait()?;
         }
         for component in &self.components {
-            component.pause();
-        }
-        if locks == DiskLocks::Release {
-            self.unlock_disks();
+            component.pause(reach);
         }
         Ok(())
     }

@@ -124,8 +124,7 @@ impl Cpu {
             state.msrs.kvmclock_system_time,
             state.msrs.kvmclock_wall_clock,
         );
-        self.kvmclock
-            .restore(clocks, &self.config.clock, &*self.memory);
+        self.kvmclock.restore(clocks);
         let pae = self.cr0 & CR0_PG != 0 && self.cr4 & CR4_PAE != 0 && !self.is_long();
         if pae && !self.load_pdptes(self.cr3) {
             // As a load of CR3 would have faulted; the first access does.

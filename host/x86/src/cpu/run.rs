@@ -18,6 +18,7 @@ impl Cpu {
     /// Runs until something needs the machine.
     pub fn run(&mut self) -> Stop {
         self.budget = 0;
+        self.kvmclock.refresh(&self.config.clock, &*self.memory);
         if !self.replay.is_empty()
             && let Some(stop) = self.run_alone()
         {

@@ -17,6 +17,7 @@ use prost::Message;
 use self::request::{Kind, Request, Status, ZeroSegment};
 use super::log_limit::LogLimit;
 use super::{Chain, DeviceConfig, DeviceType, Queue, Queues, RingError, VirtioDevice, Wait};
+use crate::component::Reach;
 
 const QUEUE_SIZE: u16 = 256;
 /// Requests in a round.
@@ -61,7 +62,7 @@ pub struct Block {
     config: Arc<DeviceConfig>,
     /// The driver said that it flushes; else each write is durable before it completes.
     driver_flushes: bool,
-    /// Something was written since the last flush.
+    /// Something may have been written since the last flush.
     unflushed: bool,
     chain: Chain,
     buffer: Vec<u8>,
@@ -92,7 +93,8 @@ impl Block {
             config: DeviceConfig::new(config_bytes(disk.capacity())),
             disk,
             driver_flushes: false,
-            unflushed: false,
+            // Whoever had the image before may have left that to this device.
+            unflushed: true,
             chain: Chain::default(),
             buffer: vec![0; BUFFER_SIZE],
             counters: Arc::default(),
@@ -282,9 +284,12 @@ impl VirtioDevice for Block {
     }
 
     /// The other side of a move may not see this host's page cache.
-    fn pause(&mut self) {
-        // A failure was logged; the guest's next flush tries again here, or elsewhere cannot know.
-        let _ = self.flush();
+    fn pause(&mut self, reach: Reach) {
+        if reach == Reach::AnyHost {
+            // A failure was logged; the guest's next flush tries again here, or elsewhere cannot
+            // know.
+            let _ = self.flush();
+        }
     }
 
     fn save(&self) -> Vec<u8> {

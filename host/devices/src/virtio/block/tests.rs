@@ -244,11 +244,11 @@ fn writes_are_durable_when_they_must_be() {
         assert_eq!(flushes.load(Ordering::Relaxed), 0);
         request(&mut driver, FLUSH, 0, &[]);
         assert_eq!(flushes.load(Ordering::Relaxed), 1);
-        driver.device.pause();
+        driver.device.pause(Reach::AnyHost);
         assert_eq!(flushes.load(Ordering::Relaxed), 1, "nothing was written");
         driver.device.resume();
         write(&mut driver, 0, &[2; 512]);
-        driver.device.pause();
+        driver.device.pause(Reach::AnyHost);
         assert_eq!(flushes.load(Ordering::Relaxed), 2);
     }
     // A driver that does not flush gets writes that are durable.
@@ -279,7 +279,7 @@ fn a_move_in_the_middle_of_requests_loses_and_repeats_nothing() {
             let target = RawDisk::open(file.path(), DiskMode::ReadWrite).unwrap();
             let next = target.lock().clone();
             assert!(next.acquire().is_err(), "the source runs");
-            driver.device.pause();
+            driver.device.pause(Reach::AnyHost);
             lock.release().unwrap();
             next.acquire().unwrap();
             driver.move_to(Box::new(Block::new(Box::new(target), "")));
@@ -299,7 +299,7 @@ fn a_move_in_the_middle_of_requests_loses_and_repeats_nothing() {
 fn a_disk_of_another_size_or_mode_is_refused() {
     let file = image();
     let driver = Driver::start(device(&file));
-    driver.device.pause();
+    driver.device.pause(Reach::AnyHost);
     let state = driver.save();
     let larger = tempfile::NamedTempFile::new().unwrap();
     larger.as_file().set_len(CAPACITY * 2).unwrap();

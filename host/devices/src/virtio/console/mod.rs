@@ -19,6 +19,7 @@ use prost::Message;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Chain, DeviceConfig, DeviceType, Queues, RingError, VirtioDevice, Wait};
+use crate::component::Reach;
 use crate::{lock, serial};
 
 const RECEIVE_QUEUE: usize = 0;
@@ -206,7 +207,7 @@ impl VirtioDevice for Console {
         Some(descriptor)
     }
 
-    fn pause(&mut self) {}
+    fn pause(&mut self, _reach: Reach) {}
 
     fn save(&self) -> Vec<u8> {
         let Self {

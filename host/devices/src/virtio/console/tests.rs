@@ -132,5 +132,5 @@ fn buffers_of_the_wrong_direction_are_returned_empty() {
     driver.send(RX, &[room]);
     assert_eq!(driver.wait_used(RX, 1)[0].1, 1);
     assert!(events.try_recv().is_err());
-    driver.device.pause();
+    driver.device.pause(Reach::AnyHost);
 }

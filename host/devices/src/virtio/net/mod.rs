@@ -22,6 +22,7 @@ use dunlin_vswitch::{Frame, MacAddress, Port};
 
 use super::log_limit::LogLimit;
 use super::{Chain, DeviceConfig, DeviceType, Queues, RingError, VirtioDevice, Wait};
+use crate::component::Reach;
 
 pub use saved::NetState;
 
@@ -197,7 +198,7 @@ impl VirtioDevice for Net {
         Some(self.port.readiness())
     }
 
-    fn pause(&mut self) {}
+    fn pause(&mut self, _reach: Reach) {}
 
     fn save(&self) -> Vec<u8> {
         self.encode_state()

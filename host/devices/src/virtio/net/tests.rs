@@ -337,7 +337,7 @@ fn a_move_in_the_middle_of_traffic_loses_and_repeats_nothing() {
 fn a_card_announces_its_address_where_it_goes_on() {
     let (switch, events) = Switch::new();
     let mut driver = Driver::start(switch.card());
-    driver.device.pause();
+    driver.device.pause(Reach::AnyHost);
     driver.device.resume();
     driver.move_to(switch.card());
     assert_eq!(events.recv_timeout(PATIENCE), Ok(Event::Announced(MAC)));
@@ -350,7 +350,7 @@ fn a_card_announces_its_address_where_it_goes_on() {
 fn states_of_another_card_are_refused() {
     let (switch, _events) = Switch::new();
     let driver = Driver::start(switch.card());
-    driver.device.pause();
+    driver.device.pause(Reach::AnyHost);
     let state = driver.save();
     let other = Net::new(Box::new(TestPort(Arc::clone(&switch))), MacAddress([2; 6]));
     let target = driver.another(Box::new(other));

@@ -19,7 +19,7 @@ use super::{
     DeviceConfig, DeviceType, Interrupt, Queue, QueuePosition, Queues, RingError, Suppression,
     VirtioDevice, feature,
 };
-use crate::component::Component;
+use crate::component::{Component, Reach};
 use crate::lock;
 use crate::pci::{Address, BarDoorbell, ConfigError, ConfigSpace, Function, Identity, Msix};
 
@@ -330,11 +330,11 @@ impl Component for VirtioPci {
         self.name.clone()
     }
 
-    fn pause(&self) {
+    fn pause(&self, reach: Reach) {
         // A driver that becomes ready after this finds the machine paused and does not start the
         // worker; so the registers need not stay locked while the device flushes.
         lock(&self.front).paused = true;
-        self.worker.park(|work| work.device.pause());
+        self.worker.park(|work| work.device.pause(reach));
     }
 
     fn resume(&self) {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use crate::bus::Bus;
-use crate::component::Component;
+use crate::component::{Component, Reach};
 use crate::pci::{Address, Function, RootComplex};
 use crate::recorder::{Doorbells, Power};
 use crate::virtio::entropy::Entropy;
@@ -195,7 +195,7 @@ fn the_doorbell_follows_a_bar_that_the_guest_moves() {
 #[test]
 fn a_paused_device_leaves_guest_memory_alone() {
     let mut driver = Driver::start(entropy());
-    driver.device.pause();
+    driver.device.pause(Reach::AnyHost);
     let room = driver.room(16);
     driver.send(0, &[room]);
     let state = driver.save();
@@ -227,7 +227,7 @@ fn hostile_states_are_refused() {
     let room = driver.room(8);
     driver.send(0, &[room]);
     driver.wait_used(0, 1);
-    driver.device.pause();
+    driver.device.pause(Reach::AnyHost);
     let state = driver.save();
     let valid: VirtioPciState = state.decode("virtio-rng", 1).unwrap();
     let hostile: [fn(&mut VirtioPciState); 15] = [
@@ -300,6 +300,6 @@ proptest! {
         let target = driver.another(entropy());
         let _ = target.restore(&state);
         target.resume();
-        target.pause();
+        target.pause(Reach::AnyHost);
     }
 }

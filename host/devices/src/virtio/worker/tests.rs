@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Instant;
 
 use super::*;
-use crate::component::Component;
+use crate::component::{Component, Reach};
 use crate::virtio::testing::{Driver, NEEDS_RESET, PATIENCE};
 use crate::virtio::{DeviceConfig, DeviceType, RingError};
 use std::os::fd::AsFd;
@@ -53,7 +53,7 @@ impl VirtioDevice for Odd {
     fn back_end(&self) -> Option<BorrowedFd<'_>> {
         Some(self.back_end.as_fd())
     }
-    fn pause(&mut self) {}
+    fn pause(&mut self, _reach: Reach) {}
     fn save(&self) -> Vec<u8> {
         Vec::new()
     }
@@ -80,7 +80,7 @@ fn a_device_that_panics_stops_alone() {
     let driver = Driver::start(device);
     rounds.recv_timeout(PATIENCE).unwrap();
     driver.wait_needs_reset();
-    driver.device.pause();
+    driver.device.pause(Reach::AnyHost);
     driver.save();
     driver.device.resume();
     assert_ne!(driver.status() & NEEDS_RESET, 0);
