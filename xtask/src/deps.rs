@@ -52,8 +52,12 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ),
     ("dunlin-guest-agent", &[]),
     ("dunlin-guest-kvmtest", &["dunlin-guest", "dunlin-x86"]),
+    ("dunlin-guest-migbench", &[]),
     ("dunlin-testbed", &[]),
-    ("xtask", &["dunlin-boot", "dunlin-testbed"]),
+    (
+        "xtask",
+        &["dunlin-boot", "dunlin-guest-migbench", "dunlin-testbed"],
+    ),
 ];
 
 #[derive(Debug, Deserialize)]
