@@ -17,14 +17,20 @@
 //! 4. Memory is granted explicitly, window by window, ahead of the writes to it: registration
 //!    takes time and pins memory. A write outside of what was granted fails at the sender and, when
 //!    the peer is hostile, at the receiver.
-//! 5. A completion says that the peer's *lane* has the bytes. Only a message of the layer above
-//!    says that the peer has used them.
+//! 5. A completion says that the buffer may be used again, and nothing about the peer. What the
+//!    peer has, only a message of the layer above says.
+//! 6. Writes with a message between them land in the order in which they were posted; writes
+//!    without one in any order, also over each other.
+//!
+//! [`over_stream`] has page lanes over any byte stream.
 //!
 //! This crate knows no guest and no protocol above it.
 
+pub mod over_stream;
 mod page;
 pub mod stream;
 
+pub use over_stream::{StreamLane, StreamReceiver, StreamSender};
 pub use page::{
     Buffer, LaneError, LaneEvent, LaneTraits, PageReceiver, PageSender, Placement, Ticket, Window,
     WindowRange,

@@ -11,7 +11,8 @@ use std::time::Instant;
 /// Why a lane did not carry on. After any of these but `TimedOut` the lane is of no more use.
 #[derive(Debug, thiserror::Error)]
 pub enum LaneError {
-    /// Nothing moved until the deadline. The lane is whole: the call may be repeated.
+    /// What was waited for did not come about until the deadline. The lane is whole: the call may
+    /// be repeated.
     #[error("peer {peer} did not respond in time")]
     TimedOut {
         /// The peer's address.
@@ -216,6 +217,11 @@ pub struct Placement {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Ticket(pub u64);
 
+impl Ticket {
+    /// Comes after all others: stands for whatever has been posted so far.
+    pub const ALL: Self = Self(u64::MAX);
+}
+
 /// The end of a page lane that writes.
 pub trait PageSender: Send {
     /// What this lane offers.
@@ -248,7 +254,8 @@ pub trait PageSender: Send {
 
     /// Posts a write of the filled part of `from`, cut into `to` in order. The lane owns the
     /// buffer until the completion. When the deadline strikes in the middle of the write, the lane
-    /// keeps the rest and goes on with it in the next call: after `TimedOut` the write *is* posted.
+    /// keeps the rest and goes on with it in the next call: after `TimedOut` the write *is* posted
+    /// ([`Ticket::ALL`] stands for it).
     ///
     /// # Errors
     /// [`LaneError::NotGranted`], [`LaneError::TooLarge`] (nothing was posted; also when the lengths
@@ -260,14 +267,16 @@ pub trait PageSender: Send {
         deadline: Instant,
     ) -> Result<Ticket, LaneError>;
 
-    /// Posts a message. When the peer has it, all writes posted before on this lane are visible
-    /// there. As with `write`, after `TimedOut` it is posted.
+    /// Posts a message, of no bytes at least. When the peer has it, all writes posted before on this
+    /// lane are visible there. As with `write`, after `TimedOut` it is posted, and the lane keeps a
+    /// copy for as long as need be.
     ///
     /// # Errors
     /// [`LaneError::TooLarge`], or the lane broke.
     fn send(&mut self, message: &[u8], deadline: Instant) -> Result<Ticket, LaneError>;
 
-    /// Waits for the completion of `ticket` and all before it.
+    /// Waits for the completion of `ticket` and all before it: their buffers may be used again.
+    /// It says nothing about what the peer has.
     ///
     /// # Errors
     /// [`LaneError::TimedOut`] when they are not complete until `deadline`.
@@ -276,7 +285,8 @@ pub trait PageSender: Send {
     /// Bytes posted so far, with what the lane adds.
     fn bytes_sent(&self) -> u64;
 
-    /// Ends the lane; the peer sees [`LaneError::Closed`] after what was posted before.
+    /// Ends the lane; the peer sees [`LaneError::Closed`] after what is complete by now. Operations
+    /// that are not may get lost, so [`PageSender::complete`] comes first.
     fn close(&mut self);
 }
 
@@ -313,9 +323,11 @@ pub trait PageReceiver: Send {
 
     /// Waits for the next message, which replaces the content of `message`, placing the writes
     /// that arrive meanwhile. `TimedOut` leaves the lane whole, also in the middle of an operation.
+    /// A call whose deadline has passed already takes what is there, so that it can be repeated.
     ///
     /// # Errors
-    /// [`LaneError::TimedOut`] when nothing moved until `deadline`; [`LaneError::Corrupted`] when a
+    /// [`LaneError::TimedOut`] when no event came until `deadline`, whatever was placed meanwhile;
+    /// [`LaneError::Corrupted`] when a
     /// checksum does not fit or a write went outside of the granted windows: what lies in the
     /// windows is then worthless.
     fn receive(&mut self, message: &mut Vec<u8>, deadline: Instant)

@@ -14,7 +14,7 @@ use rustix::net::{
 };
 
 use super::socket::{failed, wait_or_time_out};
-use super::{Transport, TransportError};
+use super::{StreamTraits, Transport, TransportError};
 
 /// Most descriptors that wait to be taken, and that go with one write.
 pub const MAX_DESCRIPTORS: usize = 96;
@@ -112,6 +112,13 @@ impl DescriptorTransport {
 }
 
 impl Transport for DescriptorTransport {
+    fn traits(&self) -> StreamTraits {
+        StreamTraits {
+            name: "unix",
+            confidential: false,
+        }
+    }
+
     fn read(
         &mut self,
         into: &mut [IoSliceMut<'_>],

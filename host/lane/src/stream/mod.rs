@@ -7,6 +7,7 @@ mod connect;
 mod descriptors;
 mod fencing;
 mod listen;
+mod raw;
 mod socket;
 
 use std::io::{self, IoSlice, IoSliceMut};
@@ -18,7 +19,11 @@ pub use connect::{Connector, TcpConnector, UnixConnector};
 pub use descriptors::{DescriptorTransport, MAX_DESCRIPTORS};
 pub use fencing::{Fencing, PeerProcess};
 pub use listen::Listener;
+pub use raw::RawSlice;
 pub use socket::SocketTransport;
+
+/// Bytes that a stream without a way of its own reads at once on their way to raw memory.
+const BOUNCE: usize = 64 << 10;
 
 /// Why a transport did not carry on.
 #[derive(Debug, thiserror::Error)]
@@ -70,8 +75,20 @@ pub enum TransportError {
     },
 }
 
+/// What a stream is to those who ask what it can be trusted with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StreamTraits {
+    /// For reports: `tcp`, `tls`, `unix`.
+    pub name: &'static str,
+    /// Does it keep others from reading and forging what it carries? Then it needs no checksums.
+    pub confidential: bool,
+}
+
 /// A duplex byte stream.
 pub trait Transport: Send {
+    /// What kind of stream this is.
+    fn traits(&self) -> StreamTraits;
+
     /// Reads at least one byte, waiting until `deadline`.
     ///
     /// # Errors
@@ -81,6 +98,21 @@ pub trait Transport: Send {
         into: &mut [IoSliceMut<'_>],
         deadline: Instant,
     ) -> Result<usize, TransportError>;
+
+    /// Reads at least one byte into memory that other threads may use at the same time.
+    ///
+    /// # Errors
+    /// As [`Transport::read`].
+    fn read_raw(&mut self, into: &[RawSlice], deadline: Instant) -> Result<usize, TransportError> {
+        let wanted: usize = into.iter().map(RawSlice::len).sum();
+        let mut bounce = vec![0; wanted.min(BOUNCE)];
+        let count = self.read(&mut [IoSliceMut::new(&mut bounce)], deadline)?;
+        let mut rest = &bounce[..count];
+        for slice in into {
+            rest = &rest[slice.copy_from(rest)..];
+        }
+        Ok(count)
+    }
 
     /// Writes at least one byte, waiting until `deadline`.
     ///

@@ -6,12 +6,15 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use super::{Transport, TransportError};
+use super::{RawSlice, StreamTraits, Transport, TransportError};
 
 /// How long written bytes may stay unacknowledged before the kernel gives a TCP peer up.
 const TCP_USER_TIMEOUT: Duration = Duration::from_secs(20);
 /// Silence before the kernel probes a TCP peer, and between its probes, in seconds.
 const TCP_KEEPALIVE_SECONDS: libc::c_int = 5;
+
+/// What the kernel takes in one call.
+const MAX_SLICES: usize = 1024;
 
 #[derive(Debug)]
 enum Socket {
@@ -134,6 +137,17 @@ pub(super) fn wait_or_time_out(
 }
 
 impl Transport for SocketTransport {
+    fn traits(&self) -> StreamTraits {
+        let name = match &self.socket {
+            Socket::Tcp(_) => "tcp",
+            Socket::Unix(_) => "unix",
+        };
+        StreamTraits {
+            name,
+            confidential: false,
+        }
+    }
+
     fn read(
         &mut self,
         into: &mut [IoSliceMut<'_>],
@@ -143,6 +157,11 @@ impl Transport for SocketTransport {
             Socket::Tcp(stream) => stream.read_vectored(into),
             Socket::Unix(stream) => stream.read_vectored(into),
         })
+    }
+
+    fn read_raw(&mut self, into: &[RawSlice], deadline: Instant) -> Result<usize, TransportError> {
+        let fd = self.fd();
+        self.move_bytes(libc::POLLIN, deadline, |_| read_raw(fd, into))
     }
 
     fn write(&mut self, from: &[IoSlice<'_>], deadline: Instant) -> Result<usize, TransportError> {
@@ -163,6 +182,18 @@ impl Transport for SocketTransport {
     fn peer(&self) -> &str {
         &self.peer
     }
+}
+
+fn read_raw(fd: RawFd, into: &[RawSlice]) -> io::Result<usize> {
+    let count = into.len().min(MAX_SLICES) as libc::c_int;
+    // SAFETY: raw slices are iovecs, `count` of them are there, and who made them vouched for the
+    // memory that they name.
+    #[expect(unsafe_code, reason = "std reads into Rust slices only")]
+    let read = unsafe { libc::readv(fd, RawSlice::as_iovecs(into), count) };
+    if read < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(read as usize)
 }
 
 /// Waits until `fd` is ready for `events`; false at the deadline.

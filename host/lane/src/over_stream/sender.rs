@@ -1,0 +1,259 @@
+//! The end that writes.
+
+use std::collections::VecDeque;
+use std::io::IoSlice;
+use std::net::Shutdown;
+use std::time::Instant;
+
+use super::header::{HEADER, Header, Kind};
+use super::{StreamLane, lane_error};
+use crate::page::{Buffer, LaneError, LaneTraits, PageSender, Placement, Ticket, WindowRange};
+use crate::stream::Transport;
+
+/// An operation that the transport has not taken yet, or not as a whole.
+#[derive(Debug)]
+struct Operation {
+    /// The head; of a message the payload, too.
+    head: Vec<u8>,
+    buffer: Option<Buffer>,
+    /// Bytes that the transport has taken.
+    sent: usize,
+}
+
+impl Operation {
+    fn payload(&self) -> &[u8] {
+        self.buffer.as_ref().map_or(&[], Buffer::filled)
+    }
+
+    fn left(&self) -> usize {
+        self.head.len() + self.payload().len() - self.sent
+    }
+
+    /// What is left: of the head, and of the payload.
+    fn rest(&self) -> [IoSlice<'_>; 2] {
+        let of_head = self.sent.min(self.head.len());
+        let of_payload = self.sent - of_head;
+        [
+            IoSlice::new(&self.head[of_head..]),
+            IoSlice::new(&self.payload()[of_payload..]),
+        ]
+    }
+}
+
+/// Sends pages and messages over a byte stream.
+pub struct StreamSender {
+    transport: Box<dyn Transport>,
+    traits: LaneTraits,
+    /// The buffer used last comes first again: its bytes are still in the cache.
+    free: Vec<Buffer>,
+    /// Buffers that exist.
+    made: usize,
+    /// Operations that are posted and not complete, in order.
+    backlog: VecDeque<Operation>,
+    /// The number of the next operation.
+    sequence: u64,
+    bytes: u64,
+    spare: Vec<u8>,
+    broken: bool,
+}
+
+impl StreamSender {
+    /// Takes over a connected stream; its next byte will be the first of a head.
+    pub fn new(transport: Box<dyn Transport>, options: StreamLane) -> Self {
+        let traits = options.traits(transport.traits());
+        Self {
+            transport,
+            traits,
+            free: Vec::new(),
+            made: 0,
+            backlog: VecDeque::new(),
+            sequence: 0,
+            bytes: 0,
+            spare: Vec::new(),
+            broken: false,
+        }
+    }
+
+    /// Puts an operation into the backlog.
+    fn post(&mut self, operation: Operation) -> Ticket {
+        let ticket = Ticket(self.sequence);
+        self.sequence += 1;
+        self.bytes += operation.left() as u64;
+        self.backlog.push_back(operation);
+        ticket
+    }
+
+    /// Sends from the backlog until at most `keep` operations are in it.
+    fn flush(&mut self, keep: usize, deadline: Instant) -> Result<(), LaneError> {
+        if self.broken {
+            return Err(self.closed());
+        }
+        while self.backlog.len() > keep
+            && let Some(first) = self.backlog.front_mut()
+        {
+            while first.left() > 0 {
+                match self.transport.write(&first.rest(), deadline) {
+                    Ok(count) => first.sent += count,
+                    Err(error) => {
+                        let error = lane_error(error);
+                        self.broken = !matches!(error, LaneError::TimedOut { .. });
+                        return Err(error);
+                    }
+                }
+            }
+            self.retire();
+        }
+        Ok(())
+    }
+
+    /// The first operation of the backlog is complete.
+    fn retire(&mut self) {
+        if let Some(Operation { head, buffer, .. }) = self.backlog.pop_front() {
+            self.spare = head;
+            if let Some(buffer) = buffer {
+                self.recycle(buffer);
+            }
+        }
+    }
+
+    fn closed(&self) -> LaneError {
+        LaneError::Closed {
+            peer: self.transport.peer().to_owned(),
+        }
+    }
+
+    fn too_large(&self, bytes: usize, limit: usize) -> LaneError {
+        LaneError::TooLarge {
+            peer: self.transport.peer().to_owned(),
+            bytes,
+            limit,
+        }
+    }
+
+    /// Could a receiver take this write at all?
+    fn check(&self, from: &Buffer, to: &[Placement]) -> Result<(), LaneError> {
+        let filled = from.filled().len();
+        let limit = filled.min(self.traits.buffer_bytes);
+        let places = to.iter().map(|to| u64::from(to.length)).sum::<u64>() as usize;
+        if places != limit || to.len() > self.traits.placements {
+            return Err(self.too_large(places.max(filled), limit));
+        }
+        let behind_all = |to: &&Placement| to.target.checked_add(to.length.into()).is_none();
+        match to.iter().find(behind_all) {
+            Some(outside) => Err(LaneError::NotGranted {
+                peer: self.transport.peer().to_owned(),
+                start: outside.target,
+                end: u64::MAX,
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// A head for `payload`, which follows it.
+    fn head(&mut self, kind: Kind, payload: &[u8], to: &[Placement]) -> Vec<u8> {
+        let mut head = std::mem::take(&mut self.spare);
+        head.clear();
+        head.reserve(HEADER);
+        let header = Header {
+            kind,
+            placements: to.len() as u16,
+            payload: payload.len() as u32,
+            sequence: self.sequence,
+            payload_crc: (!self.traits.confidential).then(|| crc32fast::hash(payload)),
+        };
+        header.encode(to, &mut head);
+        head
+    }
+}
+
+impl PageSender for StreamSender {
+    fn traits(&self) -> LaneTraits {
+        self.traits
+    }
+
+    fn peer(&self) -> &str {
+        self.transport.peer()
+    }
+
+    /// Passed over: a stream registers nothing.
+    fn announce(&mut self, _range: WindowRange, _deadline: Instant) -> Result<(), LaneError> {
+        Ok(())
+    }
+
+    /// A stream's receiver takes a write out of the stream only after it has granted what it
+    /// wants to grant, so there is nothing to wait for.
+    fn await_grant(&mut self, _range: WindowRange, _deadline: Instant) -> Result<(), LaneError> {
+        Ok(())
+    }
+
+    fn buffer(&mut self, deadline: Instant) -> Result<Buffer, LaneError> {
+        while self.free.is_empty() && self.made == self.traits.buffers && !self.backlog.is_empty() {
+            self.flush(self.backlog.len() - 1, deadline)?;
+        }
+        if let Some(buffer) = self.free.pop() {
+            return Ok(buffer);
+        }
+        if self.made == self.traits.buffers {
+            // The caller has all of them: only it can change that.
+            return Err(LaneError::TimedOut {
+                peer: self.transport.peer().to_owned(),
+            });
+        }
+        self.made += 1;
+        let bytes = vec![0; self.traits.buffer_bytes];
+        Ok(Buffer::new(self.made - 1, bytes.into_boxed_slice()))
+    }
+
+    fn recycle(&mut self, mut buffer: Buffer) {
+        buffer.clear();
+        self.free.push(buffer);
+    }
+
+    fn write(
+        &mut self,
+        from: Buffer,
+        to: &[Placement],
+        deadline: Instant,
+    ) -> Result<Ticket, LaneError> {
+        if let Err(error) = self.check(&from, to) {
+            self.recycle(from);
+            return Err(error);
+        }
+        let operation = Operation {
+            head: self.head(Kind::Write, from.filled(), to),
+            buffer: Some(from),
+            sent: 0,
+        };
+        let ticket = self.post(operation);
+        self.flush(0, deadline)?;
+        Ok(ticket)
+    }
+
+    fn send(&mut self, message: &[u8], deadline: Instant) -> Result<Ticket, LaneError> {
+        if message.len() > self.traits.message_bytes {
+            return Err(self.too_large(message.len(), self.traits.message_bytes));
+        }
+        let mut head = self.head(Kind::Message, message, &[]);
+        head.extend_from_slice(message);
+        let ticket = self.post(Operation {
+            head,
+            buffer: None,
+            sent: 0,
+        });
+        self.flush(0, deadline)?;
+        Ok(ticket)
+    }
+
+    fn complete(&mut self, ticket: Ticket, deadline: Instant) -> Result<(), LaneError> {
+        let later = self.sequence.saturating_sub(ticket.0.saturating_add(1)) as usize;
+        self.flush(later, deadline)
+    }
+
+    fn bytes_sent(&self) -> u64 {
+        self.bytes
+    }
+
+    fn close(&mut self) {
+        self.transport.shutdown(Shutdown::Write);
+    }
+}
