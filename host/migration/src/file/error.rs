@@ -4,6 +4,7 @@ use std::io;
 
 use crate::machine::MachineError;
 use crate::protocol::{Kind, Message, ProtocolError};
+use crate::uffd::UffdError;
 
 /// Why a guest could not be saved to a file, or restored from one. Whoever shows it names the
 /// file.
@@ -41,6 +42,18 @@ pub enum SnapshotError {
     /// A frame cannot be.
     #[error("it is damaged")]
     Frame(#[from] ProtocolError),
+    /// Pages are not what was written, or no longer there.
+    #[error("its pages from {page:#x} on are damaged")]
+    Pages {
+        /// Index of the first page.
+        page: u64,
+    },
+    /// Faults of guest memory cannot be served any more.
+    #[error(transparent)]
+    Faults(#[from] UffdError),
+    /// It was told to stop.
+    #[error("it was cancelled")]
+    Cancelled,
     /// The machine failed.
     #[error(transparent)]
     Machine(#[from] MachineError),

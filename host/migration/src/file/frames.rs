@@ -15,9 +15,14 @@ pub(super) struct FrameWriter<W> {
 
 impl<W: Write> FrameWriter<W> {
     pub(super) fn new(into: W) -> Self {
+        Self::after(0, into)
+    }
+
+    /// Goes on elsewhere, behind so many frames.
+    pub(super) fn after(frames: u64, into: W) -> Self {
         Self {
             into,
-            sequence: 0,
+            sequence: frames,
             bytes: 0,
         }
     }
@@ -32,9 +37,9 @@ impl<W: Write> FrameWriter<W> {
         self.bytes
     }
 
-    /// Hands everything to the host.
-    pub(super) fn finish(mut self) -> Result<(), SnapshotError> {
-        self.into.flush().map_err(SnapshotError::io("write"))
+    /// What the frames were written to.
+    pub(super) fn into_inner(self) -> W {
+        self.into
     }
 
     pub(super) fn message(&mut self, message: &Message) -> Result<(), SnapshotError> {
@@ -77,7 +82,20 @@ pub(super) struct FrameReader<R> {
 
 impl<R: Read> FrameReader<R> {
     pub(super) fn new(from: R) -> Self {
-        Self { from, sequence: 0 }
+        Self::after(0, from)
+    }
+
+    /// Goes on elsewhere, behind so many frames.
+    pub(super) fn after(frames: u64, from: R) -> Self {
+        Self {
+            from,
+            sequence: frames,
+        }
+    }
+
+    /// What the frames were read from.
+    pub(super) fn into_inner(self) -> R {
+        self.from
     }
 
     /// Frames read.
@@ -100,6 +118,14 @@ impl<R: Read> FrameReader<R> {
         }
         header.check_payload(crc32fast::hash(&payload))?;
         Ok((header.kind, payload))
+    }
+
+    /// Nothing may follow.
+    pub(super) fn at_end(&mut self) -> Result<(), SnapshotError> {
+        match self.from.read(&mut [0]).map_err(ends_or_fails)? {
+            0 => Ok(()),
+            _ => Err(SnapshotError::not_whole("it goes on behind its end")),
+        }
     }
 
     /// The next frame, which has to be a control message.

@@ -1,46 +1,53 @@
-//! A guest at rest: the frames of a move, written to a file instead of a peer.
+//! A guest at rest.
+//!
+//! Format version 2 is made for reading in any order: a guest may run before most of its file has
+//! been read, and pages may be written in the order in which a running guest is about to change
+//! them.
 //!
 //! ```text
-//! preamble (purpose 3, length of what follows)
-//! FileHeader       created, RAM size, components: all that `inspect` needs
-//! Configuration    as in a move
-//! RoundBegin, Pages…, ZeroPages…, RoundEnd
-//! States
-//! End              number of frames, hash of RAM
+//! head             version, length, where the page table is: readable alone ([`head`])
+//! FileHeader       created, RAM size, components        ┐ frames of the wire protocol,
+//! Configuration    as in a move                         │ numbered from 0
+//! States           as in a move                         ┘
+//! zeros            up to a multiple of 4096
+//! pages            each at a multiple of 4096; zero pages are left out
+//! PageTable…       which pages lie where, with a checksum of each 16 at most ([`table`])
+//! End              number of frames, hash of RAM, number of pages
 //! ```
 //!
+//! Every byte is under a checksum: of the head, of a frame, or of an extent of pages, which is
+//! checked before the guest sees one of them. `inspect` reads the head and two frames.
+//!
 //! The file appears under its name only when it is whole and on disk: it is written to a
-//! temporary file beside it, synchronised, and renamed. Its length stands in the preamble, so
-//! that a file that was cut is known as such before anything is restored.
+//! temporary file beside it, synchronised, and renamed. Its length stands in the head, so that a
+//! file that was cut is known as such before anything is restored.
+//!
+//! Version 1 ([`version1`]), which had no page table, is read as a whole.
 
 mod error;
 mod frames;
 mod head;
+mod reader;
+mod table;
 mod version1;
+mod writer;
 
-use std::fs::File;
-use std::io::{BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::Path;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
-use dunlin_guest::{Memory, PageIndex, SavedState};
+use dunlin_guest::{Memory, PageIndex};
 use serde::{Deserialize, Serialize};
 
 use crate::machine::{DestinationMachine, MachineError, SourceMachine};
-use crate::pages::{self, Extents, PAGE};
-use crate::protocol::message::{
-    Component, Configuration, End, FileHeader, Region, RoundBegin, RoundEnd, States,
-};
-use crate::protocol::runs::{self, Run};
-use crate::protocol::{Kind, Message};
+use crate::pages::{Extents, PAGE};
+use crate::protocol::message::{Configuration, Region};
 pub use error::SnapshotError;
-use frames::{FrameReader, FrameWriter};
-use head::Head;
+use reader::{Opened, Snapshot};
+use table::EXTENT_PAGES;
+use writer::{Front, PageWriter, Writer};
 
-/// The version of the format that this build writes.
-pub const VERSION: u16 = 1;
-
-const BATCH_PAGES: usize = 128;
+/// The version of the format that this build writes. It reads the older ones, too.
+pub const VERSION: u16 = 2;
 
 /// What a saved guest took.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -95,134 +102,52 @@ pub struct ComponentSummary {
 /// was there before.
 pub fn save(machine: &mut dyn SourceMachine, path: &Path) -> Result<SaveReport, SnapshotError> {
     let begun = Instant::now();
-    let directory = match path.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    };
+    let file = Writer::create(path)?;
     let states = machine.save()?;
-    let temporary =
-        tempfile::NamedTempFile::new_in(directory).map_err(SnapshotError::io("create"))?;
-    let mut file = temporary.as_file();
-    let write = SnapshotError::io("write");
-    let mut head = Head {
-        version: VERSION,
-        body: 0,
-    };
-    file.write_all(&head.encode()).map_err(&write)?;
-    let mut frames = FrameWriter::new(BufWriter::new(file));
-    let (pages, zero_pages) = write_guest(machine, states, &mut frames)?;
-    head.body = frames.bytes();
-    frames.finish()?;
-    file.seek(SeekFrom::Start(0)).map_err(&write)?;
-    file.write_all(&head.encode()).map_err(&write)?;
-    file.sync_all().map_err(SnapshotError::io("synchronise"))?;
-    temporary
-        .persist(path)
-        .map_err(|error| SnapshotError::io("give its name to")(error.error))?;
-    File::open(directory)
-        .and_then(|directory| directory.sync_all())
-        .map_err(SnapshotError::io("synchronise the folder of"))?;
+    let memory = machine.memory();
+    let mut file = file.begin(Front {
+        memory,
+        machine: machine.configuration(),
+        states,
+    })?;
+    write_pages(memory, &mut file)?;
+    let written = file.finish()?;
     Ok(SaveReport {
-        file_bytes: head.body + head::LENGTH as u64,
-        ram_bytes: machine.memory().size(),
-        pages,
-        zero_pages,
+        file_bytes: written.file_bytes,
+        ram_bytes: memory.size(),
+        pages: written.pages,
+        zero_pages: memory.pages() - written.pages,
         total_ms: begun.elapsed().as_secs_f64() * 1e3,
     })
 }
 
-fn write_guest<W: Write>(
-    machine: &dyn SourceMachine,
-    states: Vec<SavedState>,
-    frames: &mut FrameWriter<W>,
-) -> Result<(u64, u64), SnapshotError> {
-    let memory = machine.memory();
-    let created = SystemTime::now().duration_since(UNIX_EPOCH);
-    let header = FileHeader {
-        created: created.map_or(0, |since| since.as_secs()),
-        ram_bytes: memory.size(),
-        components: states
-            .iter()
-            .map(|state| Component {
-                name: state.name.clone(),
-                kind: state.kind.clone(),
-                version: state.version,
-                bytes: state.body.len() as u64,
-            })
-            .collect(),
-    };
-    frames.message(&Message::FileHeader(header))?;
-    let configuration = Configuration {
-        machine: machine.configuration(),
-        ram_bytes: memory.size(),
-        regions: regions_of(memory),
-        verification: 1,
-    };
-    frames.message(&Message::Configuration(configuration))?;
-    let (pages, zero_pages) = write_pages(memory, frames)?;
-    let states = States {
-        attempt: 1,
-        states,
-        hash_wanted: false,
-    };
-    frames.message(&Message::States(states))?;
-    let end = End {
-        frames: frames.frames(),
-        hash: pages::hash_ram(memory),
-    };
-    frames.message(&Message::End(end))?;
-    Ok((pages, zero_pages))
-}
-
-fn write_pages<W: Write>(
-    memory: &Memory,
-    frames: &mut FrameWriter<W>,
-) -> Result<(u64, u64), SnapshotError> {
-    let begin = RoundBegin {
-        round: 0,
-        pages: memory.pages(),
-    };
-    frames.message(&Message::RoundBegin(begin))?;
+fn write_pages(memory: &Memory, file: &mut PageWriter) -> Result<(), SnapshotError> {
     let mut extents = Extents::new(memory);
-    let (mut runs, mut content) = (Vec::new(), Vec::new());
-    let mut pages = 0;
-    for page in (0..memory.pages()).map(PageIndex) {
-        let mut bytes = [0; PAGE];
-        if extents.hole_at(page).is_none()
-            && memory.read_page(page, &mut bytes)
-            && !pages::is_zero(&bytes)
-        {
-            runs::push(&mut runs, page);
-            content.extend_from_slice(&bytes);
-            pages += 1;
+    let mut content = Vec::with_capacity(EXTENT_PAGES * PAGE);
+    let mut next = 0;
+    while next < memory.pages() {
+        if let Some(behind) = extents.hole_at(PageIndex(next)) {
+            next = behind;
+            continue;
         }
-        if content.len() == BATCH_PAGES * PAGE {
-            write_batch(&mut runs, &mut content, frames)?;
-        }
+        let first = PageIndex(next);
+        next = copy_group(memory, first, &mut content);
+        file.add(first, &content)?;
     }
-    write_batch(&mut runs, &mut content, frames)?;
-    let end = RoundEnd {
-        round: 0,
-        pages,
-        zero_pages: 0,
-    };
-    frames.message(&Message::RoundEnd(end))?;
-    Ok((pages, memory.pages() - pages))
+    Ok(())
 }
 
-fn write_batch<W: Write>(
-    batch: &mut Vec<Run>,
-    content: &mut Vec<u8>,
-    frames: &mut FrameWriter<W>,
-) -> Result<(), SnapshotError> {
-    if batch.is_empty() {
-        return Ok(());
+/// Copies the pages from `first` to the end of its group; the first page behind them.
+fn copy_group(memory: &Memory, first: PageIndex, into: &mut Vec<u8>) -> u64 {
+    let group = EXTENT_PAGES as u64;
+    let end = (first.0 / group * group + group).min(memory.pages());
+    into.clear();
+    into.resize((end - first.0) as usize * PAGE, 0);
+    let (pages, _none) = into.as_chunks_mut::<PAGE>();
+    for (page, bytes) in (first.0..end).zip(pages) {
+        memory.read_page(PageIndex(page), bytes);
     }
-    let mut payload = Vec::new();
-    runs::encode(batch, &mut payload);
-    payload.append(content);
-    batch.clear();
-    frames.frame(Kind::Pages, &payload)
+    end
 }
 
 fn regions_of(memory: &Memory) -> Vec<Region> {
@@ -241,15 +166,15 @@ fn regions_of(memory: &Memory) -> Vec<Region> {
 /// # Errors
 /// [`SnapshotError`] when it is not a saved guest, of a newer version, or not whole.
 pub fn inspect(path: &Path) -> Result<FileSummary, SnapshotError> {
-    let (head, mut reader) = open(path)?;
-    let header = header(&mut reader)?;
-    let configuration = configuration(&mut reader, header.ram_bytes)?;
+    let mut opened = Opened::open(path)?;
+    let header = reader::header(&mut opened.frames)?;
+    let configuration = reader::configuration(&mut opened.frames, header.ram_bytes)?;
     Ok(FileSummary {
         configuration: configuration.machine,
-        version: head.version,
+        version: opened.head.version,
         created: header.created,
         ram_bytes: header.ram_bytes,
-        file_bytes: head.body + head::LENGTH as u64,
+        file_bytes: opened.bytes(),
         components: header
             .components
             .into_iter()
@@ -263,8 +188,8 @@ pub fn inspect(path: &Path) -> Result<FileSummary, SnapshotError> {
     })
 }
 
-/// Restores a saved guest into the machine that `build` makes from its configuration. The
-/// machine is not started.
+/// Restores a saved guest into the machine that `build` makes from its configuration, whose RAM
+/// is zero. The machine is not started.
 ///
 /// # Errors
 /// [`SnapshotError`] when the file is not whole, or the machine cannot be built or restored.
@@ -272,51 +197,16 @@ pub fn restore<M: DestinationMachine>(
     path: &Path,
     build: impl FnOnce(&[u8]) -> Result<M, MachineError>,
 ) -> Result<M, SnapshotError> {
-    let (_head, mut reader) = open(path)?;
-    version1::restore(&mut reader, build)
-}
-
-/// Opens a file, checks its head and its length.
-fn open(path: &Path) -> Result<(Head, FrameReader<BufReader<File>>), SnapshotError> {
-    let mut file = File::open(path).map_err(SnapshotError::io("open"))?;
-    let read = SnapshotError::io("read");
-    let length = file.metadata().map_err(&read)?.len();
-    let mut bytes = [0; head::LENGTH];
-    if length < bytes.len() as u64 {
-        return Err(SnapshotError::not_whole("it ends too early"));
+    let mut opened = Opened::open(path)?;
+    if opened.head.version == 1 {
+        return version1::restore(&mut opened.frames, build);
     }
-    file.read_exact(&mut bytes).map_err(&read)?;
-    let head = Head::decode(&bytes, VERSION)?;
-    let expected = head.body.saturating_add(head::LENGTH as u64);
-    if expected != length {
-        return Err(SnapshotError::not_whole(format!(
-            "it has {length} bytes, {expected} were written"
-        )));
-    }
-    Ok((head, FrameReader::new(BufReader::new(file))))
-}
-
-fn header<R: Read>(reader: &mut FrameReader<R>) -> Result<FileHeader, SnapshotError> {
-    match reader.message()? {
-        Message::FileHeader(header) => Ok(header),
-        other => Err(SnapshotError::unexpected(
-            &other,
-            "the header of the file was due",
-        )),
-    }
-}
-
-fn configuration<R: Read>(
-    reader: &mut FrameReader<R>,
-    ram_bytes: u64,
-) -> Result<Configuration, SnapshotError> {
-    match reader.message()? {
-        Message::Configuration(body) if body.ram_bytes == ram_bytes => Ok(body),
-        other => Err(SnapshotError::unexpected(
-            &other,
-            "the configuration was due",
-        )),
-    }
+    let (front, snapshot) = Snapshot::read(opened)?;
+    let mut machine = build(&front.configuration.machine)?;
+    check_ram(machine.memory(), &front.configuration)?;
+    snapshot.fill(machine.memory())?;
+    machine.restore(front.states)?;
+    Ok(machine)
 }
 
 fn check_ram(memory: &Memory, configuration: &Configuration) -> Result<(), SnapshotError> {

@@ -14,9 +14,10 @@ use std::io::Read;
 
 use dunlin_guest::{Memory, PageIndex};
 
+use super::check_ram;
 use super::error::SnapshotError;
 use super::frames::FrameReader;
-use super::{check_ram, configuration, header};
+use super::reader::{configuration, header};
 use crate::machine::{DestinationMachine, MachineError};
 use crate::pages::{self, PAGE};
 use crate::protocol::frame::{MAX_PAGES, MAX_ZERO_RUNS};
@@ -40,7 +41,10 @@ pub(super) fn restore<R: Read, M: DestinationMachine>(
     let frames = reader.frames();
     match reader.message()? {
         Message::End(end)
-            if end.frames == frames && end.hash == pages::hash_ram(machine.memory()) => {}
+            if end.frames == frames && end.hash == pages::hash_ram(machine.memory()) =>
+        {
+            reader.at_end()?;
+        }
         other => {
             let due = "the end of the frames that came was due";
             return Err(SnapshotError::unexpected(&other, due));

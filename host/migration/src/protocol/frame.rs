@@ -23,6 +23,12 @@ pub const MAX_PAGES: usize = 256;
 /// Most runs in one frame of zero pages.
 pub const MAX_ZERO_RUNS: usize = 4096;
 
+/// Bytes of one extent in a frame of a page table.
+pub const EXTENT_LENGTH: usize = 24;
+
+/// Most extents in one frame of a page table.
+pub const MAX_EXTENTS: usize = 4096;
+
 /// Longest configuration or set of states.
 pub const MAX_BLOB: u32 = 64 << 20;
 
@@ -53,6 +59,7 @@ kinds! {
     Stored = 7, SwitchOver = 8, States = 9, Prepared = 10, Back = 11, Commit = 12, Running = 13,
     Settled = 14, Abort = 15, KeepAlive = 16, WhoOwns = 17, Ownership = 18, FileHeader = 19,
     End = 20, Descriptors = 40, Leftovers = 41,
+    PageTable = 45,
 }
 
 impl Kind {
@@ -62,6 +69,7 @@ impl Kind {
             Self::Configuration | Self::States => MAX_BLOB,
             Self::FileHeader | Self::Leftovers => MAX_BLOB,
             Self::Pages => (4 + MAX_PAGES * (super::runs::RUN_LENGTH + 4096)) as u32,
+            Self::PageTable => (4 + MAX_EXTENTS * EXTENT_LENGTH) as u32,
             Self::ZeroPages => (4 + MAX_ZERO_RUNS * super::runs::RUN_LENGTH) as u32,
             _ => MAX_CONTROL,
         }

@@ -240,6 +240,9 @@ pub struct End {
     /// Hash of RAM.
     #[prost(uint64, tag = "2")]
     pub hash: u64,
+    /// Pages with content; not said by version 1 of the format.
+    #[prost(uint64, tag = "3")]
+    pub pages: u64,
 }
 
 /// What the machine is built around, in a hand-over: descriptors come with this message's bytes.
@@ -371,7 +374,7 @@ impl Message {
             Kind::End => Self::End(body_of(kind, body)?),
             Kind::Descriptors => Self::Descriptors(body_of(kind, body)?),
             Kind::Leftovers => Self::Leftovers(body_of(kind, body)?),
-            Kind::Pages | Kind::ZeroPages => {
+            Kind::Pages | Kind::ZeroPages | Kind::PageTable => {
                 return Err(ProtocolError::Unexpected {
                     kind,
                     state: "a control message was due",

@@ -30,6 +30,7 @@
 //! | 20 | End | file | last | how many frames came before |
 //! | 40 | Descriptors | source | hand-over, after 1 | names of the descriptors that come with it |
 //! | 41 | Leftovers | source | hand-over, after 13 | what the machine can have later |
+//! | 45 | PageTable | file | behind the pages | where in the file which pages are, and their checksums |
 //!
 //! A move without trouble:
 //!
