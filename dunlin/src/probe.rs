@@ -1,21 +1,39 @@
 //! What this host offers, in words.
 
-use dunlin_api::probe::{ProbeItem, ProbeReport};
+use dunlin_api::probe::{ProbeBaseline, ProbeItem, ProbeReport};
 use dunlin_hypervisor::Engine;
-use dunlin_hypervisor::probe::{EngineRequest, HostProbe, UserfaultfdAccess, choose};
-use dunlin_x86::cpuid::X86_64_V2;
+use dunlin_hypervisor::probe::{
+    BaselineOffer, EngineRequest, HostProbe, UserfaultfdAccess, choose,
+};
+use dunlin_x86::cpuid::Baseline;
 
 /// Looks at this host.
 pub(crate) fn probe() -> ProbeReport {
-    let (engine, engine_reason) = match choose(EngineRequest::Auto, &X86_64_V2) {
+    let (engine, engine_reason) = match choose(EngineRequest::Auto, Baseline::unnamed()) {
         Ok((Engine::Kvm, reason)) => ("kvm", reason),
         Ok((Engine::Soft, reason)) => ("soft", reason),
         Err(error) => ("soft", dunlin_api::error::chain(&error)),
     };
+    let host = HostProbe::run();
     ProbeReport {
         engine: engine.into(),
         engine_reason,
-        items: items(HostProbe::run()),
+        baselines: host.baselines.iter().map(baseline).collect(),
+        items: items(host),
+    }
+}
+
+fn baseline(offer: &BaselineOffer) -> ProbeBaseline {
+    let missing = offer.missing.as_deref().unwrap_or_default();
+    ProbeBaseline {
+        name: offer.baseline.into(),
+        engine: match offer.engine {
+            Engine::Soft => "soft".into(),
+            Engine::Kvm => "kvm".into(),
+        },
+        usable: offer.is_complete(),
+        missing: missing.iter().map(|name| (*name).to_owned()).collect(),
+        reason: offer.missing.as_ref().err().cloned(),
     }
 }
 
@@ -25,7 +43,7 @@ fn items(host: HostProbe) -> Vec<ProbeItem> {
         cpu_model,
         cpus,
         cpu_features,
-        kvm_baselines,
+        baselines: _,
         vulnerabilities,
         kernel,
         kvm,
@@ -37,7 +55,7 @@ fn items(host: HostProbe) -> Vec<ProbeItem> {
         sriov_devices,
     } = host;
     let kvm_detail = match &kvm {
-        Ok(()) => format!("/dev/kvm opens; baselines: {}", listed(&kvm_baselines)),
+        Ok(()) => "/dev/kvm opens".into(),
         Err(reason) => reason.clone(),
     };
     let ring0_detail = match ring0 {

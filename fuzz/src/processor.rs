@@ -93,6 +93,7 @@ impl Machine {
             baseline: &X86_64_V2,
             clock: Arc::new(GuestClock::new(2_000_000)),
             code: Arc::new(CodeMap::new()),
+            mark: std::num::NonZeroU8::MIN,
         };
         let memory = Arc::clone(&ram) as Arc<dyn PhysicalMemory>;
         let cpu = Cpu::new(config, memory, Arc::clone(&mailbox), Arc::new(Alone));

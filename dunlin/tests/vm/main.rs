@@ -5,6 +5,7 @@
     reason = "a test that cannot go on fails, in helpers too"
 )]
 
+mod baselines;
 mod life;
 mod moves;
 mod saved;

@@ -4,6 +4,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use dunlin_guest::{Doorbell, MsiSink};
+use dunlin_x86::cpuid::Baseline;
 use dunlin_x86::state::CpuState;
 
 /// Which engine runs the guest's processors.
@@ -73,6 +74,16 @@ pub enum EngineError {
         /// What is missing and what to do about it.
         reason: String,
     },
+    /// The engine, on this host, lacks what the guest was promised.
+    #[error("cannot give baseline {baseline} under {engine}: it lacks {}", missing.join(", "))]
+    Baseline {
+        /// Name of the engine.
+        engine: &'static str,
+        /// Name of the baseline.
+        baseline: &'static str,
+        /// Names of the features.
+        missing: Vec<&'static str>,
+    },
     /// A call to the host's kernel failed.
     #[error("engine \"{engine}\" failed to {action}")]
     Host {
@@ -100,6 +111,24 @@ pub enum EngineError {
         /// What the kernel said, and where.
         reason: String,
     },
+}
+
+impl EngineError {
+    /// Is nothing of `baseline` missing?
+    pub(crate) fn unless_complete(
+        engine: &'static str,
+        baseline: &Baseline,
+        missing: Vec<&'static str>,
+    ) -> Result<(), Self> {
+        if missing.is_empty() {
+            return Ok(());
+        }
+        Err(Self::Baseline {
+            engine,
+            baseline: baseline.name(),
+            missing,
+        })
+    }
 }
 
 /// How often each kind of exit happened, since the vCPU was made.

@@ -170,6 +170,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         baseline: &cpuid::X86_64_V2,
         clock: Arc::new(GuestClock::new(2_600_000)),
         code: Arc::new(CodeMap::new()),
+        mark: std::num::NonZeroU8::MIN,
     };
     let mut cpu = Cpu::new(config, ram, Arc::clone(&mailbox), Arc::new(Nobody));
     enter(&mut cpu, entry, info)?;

@@ -121,7 +121,7 @@ pub static X86_64_V1: Baseline = Baseline {
     features: &[V1],
 };
 
-/// The psABI's x86-64-v2: SSE4.2, POPCNT and CMPXCHG16B. The default.
+/// The psABI's x86-64-v2: SSE4.2, POPCNT and CMPXCHG16B.
 pub static X86_64_V2: Baseline = Baseline {
     name: "x86-64-v2",
     brand: "Dunlin x86-64-v2 processor",
@@ -160,6 +160,12 @@ impl Baseline {
         [&X86_64_V1, &X86_64_V2]
     }
 
+    /// The one of a VM for which none was named. It never changes: a guest that is saved or moves
+    /// without the name of its baseline has this one.
+    pub fn unnamed() -> &'static Baseline {
+        &X86_64_V2
+    }
+
     /// The baseline called `name`.
     pub fn named(name: &str) -> Option<&'static Baseline> {
         Self::all().into_iter().find(|b| b.name == name)
@@ -178,6 +184,14 @@ impl Baseline {
     /// Does it promise the feature called `name`?
     pub fn has(&self, name: &str) -> bool {
         self.features().any(|feature| feature.name == name)
+    }
+
+    /// Names of the features that it promises and that are not `offered`.
+    pub fn missing(&self, offered: impl Fn(&Feature) -> bool) -> Vec<&'static str> {
+        self.features()
+            .filter(|feature| !offered(feature))
+            .map(|feature| feature.name)
+            .collect()
     }
 
     fn bits(&self, leaf: u32, register: Register) -> u32 {
@@ -350,6 +364,13 @@ mod tests {
         let [v1, v2] = Baseline::all();
         assert!(v1.features().all(|feature| v2.has(feature.name)));
         assert!(v2.has("sse4_2") && !v1.has("sse4_2"));
+    }
+
+    #[test]
+    fn what_is_not_offered_is_named() {
+        let without_sse4 = |feature: &Feature| !feature.name.starts_with("sse4");
+        assert_eq!(X86_64_V2.missing(without_sse4), ["sse4_1", "sse4_2"]);
+        assert!(X86_64_V1.missing(without_sse4).is_empty());
     }
 
     #[test]

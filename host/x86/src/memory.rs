@@ -9,7 +9,8 @@ use std::sync::atomic::AtomicU8;
 pub struct RamPage {
     /// The page's 4096 bytes in this process. Other vCPUs and devices write them at any time.
     pub host: NonNull<u8>,
-    /// The page's mark in the dirty log: after each store to the page, store 1 with release order.
+    /// The page's mark in the dirty log: after each store to the page, store what
+    /// names the writer, or 1, with release order.
     pub mark: NonNull<AtomicU8>,
 }
 

@@ -15,6 +15,16 @@ pub(super) fn probe(printer: &Printer, host: &dyn Host) {
             let word = if item.usable { "yes" } else { "no" };
             vec![item.name.clone(), format!("{word:3}  {}", item.detail)]
         }));
+        rows.extend(report.baselines.iter().map(|offer| {
+            let name = format!("{} under {}", offer.name, offer.engine);
+            let word = if offer.usable { "yes" } else { "no" };
+            let detail = match &offer.reason {
+                Some(reason) => reason.clone(),
+                None if offer.missing.is_empty() => "all features".into(),
+                None => format!("lacks {}", offer.missing.join(", ")),
+            };
+            vec![name, format!("{word:3}  {detail}")]
+        }));
         table(&rows)
     });
 }

@@ -75,21 +75,33 @@ impl Bed {
 
     /// Starts a VM that goes on by itself.
     pub(crate) fn run(&self, name: &str, code: &[u8], more: &[&str]) -> Value {
+        self.run_as((engine(), "x86-64-v1"), name, code, more)
+    }
+
+    /// Starts a VM under an engine, with a baseline.
+    pub(crate) fn run_as(
+        &self,
+        (engine, baseline): (&str, &str),
+        name: &str,
+        code: &[u8],
+        more: &[&str],
+    ) -> Value {
         let kernel = guest::kernel(self.folder(), code);
-        let mut arguments = vec![
-            "run",
-            "--detach",
-            "--name",
-            name,
-            "--memory",
-            "8M",
-            "--baseline",
-            "x86-64-v1",
-            "--engine",
-            engine(),
-            "--kernel",
-        ];
-        arguments.push(kernel.to_str().unwrap());
+        self.run_kernel((engine, baseline), name, &kernel, more)
+    }
+
+    /// Starts a VM with a kernel of its own.
+    pub(crate) fn run_kernel(
+        &self,
+        (engine, baseline): (&str, &str),
+        name: &str,
+        kernel: &Path,
+        more: &[&str],
+    ) -> Value {
+        let kernel = kernel.to_str().unwrap();
+        let mut arguments = vec!["run", "--detach", "--name", name, "--memory", "8M"];
+        arguments.extend(["--baseline", baseline, "--engine", engine]);
+        arguments.extend(["--kernel", kernel]);
         arguments.extend(more);
         self.json(&arguments)
     }

@@ -84,7 +84,7 @@ impl DirtyLog {
     #[inline]
     pub fn mark_by(&self, page: PageIndex, writer: Writer) {
         if let Some(mark) = self.marks().get(page.0 as usize) {
-            mark.store(writer.mark(), Ordering::Release);
+            mark.store(writer.mark().get(), Ordering::Release);
         }
     }
 
@@ -98,7 +98,7 @@ impl DirtyLog {
         let end = last.saturating_add(1).min(self.pages as u64);
         if let Some(marks) = self.marks().get(first as usize..end as usize) {
             for mark in marks {
-                mark.store(Writer::MACHINE.mark(), Ordering::Release);
+                mark.store(Writer::MACHINE.mark().get(), Ordering::Release);
             }
         }
     }

@@ -246,7 +246,8 @@ mod tests {
             let set = PageSet::full(pages);
             assert_eq!(set.len(), pages);
             assert_eq!(set.iter().count() as u64, pages);
-            assert_eq!(set.runs().collect::<Vec<_>>(), [0..pages]);
+            let all = 0..pages;
+            assert_eq!(set.runs().collect::<Vec<_>>(), std::slice::from_ref(&all));
         }
         assert!(PageSet::new(0).iter().next().is_none());
         assert!(PageSet::full(0).runs().next().is_none());

@@ -1,25 +1,27 @@
 //! Who wrote a page: what the value of its mark says.
 
+use std::num::NonZeroU8;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Who marks a page. The last one to write it is remembered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Writer(u8);
+pub struct Writer(NonZeroU8);
 
 /// The mark of vCPU 0; one less stands for the machine.
 const FIRST_VCPU: u8 = 2;
 
 impl Writer {
     /// A device, the loader, or a vCPU that the engine did not name.
-    pub const MACHINE: Self = Self(1);
+    pub const MACHINE: Self = Self(NonZeroU8::MIN);
 
     /// vCPU `index`. Those from 253 on are not told apart.
     pub fn vcpu(index: u32) -> Self {
-        Self(u8::try_from(index).map_or(u8::MAX, |index| index.saturating_add(FIRST_VCPU)))
+        let mark = u8::try_from(index).map_or(u8::MAX, |index| index.saturating_add(FIRST_VCPU));
+        Self(NonZeroU8::MIN.saturating_add(mark - 1))
     }
 
     /// The value of its marks; never zero, which is clean.
-    pub fn mark(self) -> u8 {
+    pub fn mark(self) -> NonZeroU8 {
         self.0
     }
 }
@@ -37,7 +39,7 @@ impl Default for Authorship {
 impl Authorship {
     /// Pages whose last writer was `writer`.
     pub fn of(&self, writer: Writer) -> u64 {
-        self.0[usize::from(writer.0)]
+        self.0[usize::from(writer.0.get())]
     }
 
     /// Pages of each of the first `cpus` vCPUs.

@@ -23,7 +23,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
 
-pub(crate) use cpuid::check;
+pub(crate) use cpuid::{check, missing_features};
 
 use crate::soft::host_tsc_khz;
 use crate::{Engine, EngineError, Vcpu, VcpuId, Vm};

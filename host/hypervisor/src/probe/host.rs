@@ -3,11 +3,10 @@
 use std::fs;
 use std::path::Path;
 
-use dunlin_x86::cpuid::Baseline;
-
+use super::baselines::{BaselineOffer, baselines};
+use super::reason;
 use super::ring0::{Ring0Speed, measure_ring0};
-use crate::EngineError;
-use crate::kvm::{check, open};
+use crate::kvm::open;
 
 /// How this process may catch page faults (for moves that begin before their pages arrive).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,8 +39,8 @@ pub struct HostProbe {
     pub cpus: usize,
     /// Features of the host's processor that matter to baselines.
     pub cpu_features: Vec<String>,
-    /// Baselines that the KVM engine can give here (the software CPU gives all).
-    pub kvm_baselines: Vec<&'static str>,
+    /// Which baselines each engine can give here.
+    pub baselines: Vec<BaselineOffer>,
     /// Weaknesses of the processor that the kernel does not call "Not affected".
     pub vulnerabilities: Vec<String>,
     /// Release of the kernel.
@@ -89,27 +88,16 @@ impl HostProbe {
     pub fn run() -> Self {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let kvm = open();
-        let kvm_baselines = match &kvm {
-            Ok(kvm) => Baseline::all()
-                .into_iter()
-                .filter(|baseline| check(kvm, baseline).is_ok())
-                .map(Baseline::name)
-                .collect(),
-            Err(_) => Vec::new(),
-        };
         Self {
             cpu_vendor: field(&cpuinfo, "vendor_id"),
             cpu_model: field(&cpuinfo, "model name"),
             cpus: std::thread::available_parallelism().map_or(1, usize::from),
             cpu_features: features(&cpuinfo),
-            kvm_baselines,
+            baselines: baselines(),
             vulnerabilities: vulnerabilities(Path::new("/sys/devices/system/cpu/vulnerabilities")),
             kernel: trimmed(Path::new("/proc/sys/kernel/osrelease")),
             ring0: kvm.is_ok().then(measure_ring0).and_then(Result::ok),
-            kvm: kvm.map(drop).map_err(|error| match error {
-                EngineError::Unavailable { reason, .. } => reason,
-                other => other.to_string(),
-            }),
+            kvm: kvm.map(drop).map_err(reason),
             userfaultfd: userfaultfd(),
             tap: fs::File::options()
                 .read(true)
@@ -223,6 +211,7 @@ fn userfaultfd() -> UserfaultfdAccess {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Engine;
 
     /// A directory of files below the system's temporary directory, removed at the end.
     struct Tree(std::path::PathBuf);
@@ -252,7 +241,8 @@ mod tests {
         assert!(!probe.cpu_vendor.is_empty());
         assert!(!probe.kernel.is_empty());
         assert!(probe.cpus > 0);
-        assert!(probe.kvm.is_ok() || probe.kvm_baselines.is_empty());
+        let mut under_kvm = probe.baselines.iter().filter(|o| o.engine == Engine::Kvm);
+        assert!(under_kvm.all(|offer| probe.kvm.is_ok() || !offer.is_complete()));
         eprintln!("{probe:#?}");
     }
 

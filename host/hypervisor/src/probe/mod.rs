@@ -1,15 +1,17 @@
 //! What this host offers, and which engine to choose.
 
+mod baselines;
 mod host;
 mod ring0;
 
+pub use baselines::{BaselineOffer, baselines};
 pub use host::{HostProbe, SriovDevice, UserfaultfdAccess};
 pub use ring0::{Ring0Speed, measure_ring0};
 
 use dunlin_x86::cpuid::Baseline;
 
 use crate::kvm::{check, open};
-use crate::{Engine, EngineError};
+use crate::{Engine, EngineError, soft};
 
 /// What the user asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -26,39 +28,50 @@ pub enum EngineRequest {
 /// Chooses the engine for a guest of `baseline`, with one line that says why.
 ///
 /// # Errors
-/// [`EngineError::Unavailable`] when the one that was asked for cannot be had.
+/// [`EngineError::Unavailable`] when the one that was asked for cannot be had,
+/// [`EngineError::Baseline`] when it lacks something of the baseline.
 pub fn choose(
     request: EngineRequest,
     baseline: &Baseline,
 ) -> Result<(Engine, String), EngineError> {
     match request {
-        EngineRequest::Soft => Ok((Engine::Soft, "the software CPU, as asked for".to_owned())),
+        EngineRequest::Soft => {
+            soft::check(baseline)?;
+            Ok((Engine::Soft, "the software CPU, as asked for".to_owned()))
+        }
         EngineRequest::Kvm => {
             check(&open()?, baseline)?;
             Ok((Engine::Kvm, "KVM, as asked for".to_owned()))
         }
-        EngineRequest::Auto => Ok(match usable_kvm(baseline) {
-            Ok(reason) => (Engine::Kvm, reason),
-            Err(reason) => (Engine::Soft, format!("the software CPU, since {reason}")),
-        }),
+        EngineRequest::Auto => match usable_kvm(baseline) {
+            Ok(reason) => Ok((Engine::Kvm, reason)),
+            Err(reason) => {
+                soft::check(baseline)?;
+                Ok((Engine::Soft, format!("the software CPU, since {reason}")))
+            }
+        },
+    }
+}
+
+/// Why an engine cannot be had, without its name where that is said already.
+fn reason(error: EngineError) -> String {
+    match error {
+        EngineError::Unavailable { reason, .. } => reason,
+        other => other.to_string(),
     }
 }
 
 /// Why KVM is the better engine, or why not.
 fn usable_kvm(baseline: &Baseline) -> Result<String, String> {
-    let text = |error: EngineError| match error {
-        EngineError::Unavailable { reason, .. } => reason,
-        other => other.to_string(),
-    };
-    let kvm = open().map_err(text)?;
-    let speed = measure_ring0().map_err(text)?;
+    let kvm = open().map_err(reason)?;
+    let speed = measure_ring0().map_err(reason)?;
     if !speed.native {
         return Err(format!(
             "/dev/kvm is there but emulates kernel code (a loop in ring 0 takes {:.0} times as long)",
             speed.slowdown
         ));
     }
-    check(&kvm, baseline).map_err(text)?;
+    check(&kvm, baseline).map_err(reason)?;
     Ok(format!(
         "KVM: ring 0 runs natively ({:.1} times the host's time for a loop)",
         speed.slowdown

@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use dunlin_guest::{Doorbell, Memory, MsiSink};
+use dunlin_guest::{Doorbell, Memory, MsiSink, Writer};
 use dunlin_x86::cpuid::Baseline;
 use dunlin_x86::kvmclock::GuestClock;
 use dunlin_x86::memory::PhysicalMemory;
@@ -40,6 +40,11 @@ impl Doorbells {
             .get(&address)
             .is_some_and(|event| event.write(1).is_ok())
     }
+}
+
+/// Fails with the names of the features that the software CPU lacks.
+pub(crate) fn check(baseline: &Baseline) -> Result<(), EngineError> {
+    EngineError::unless_complete("soft", baseline, Cpu::missing_features(baseline))
 }
 
 /// A VM on the software CPU.
@@ -90,6 +95,7 @@ impl Vm for SoftVm {
             baseline: self.baseline,
             clock: Arc::clone(&self.clock),
             code: Arc::clone(&self.code),
+            mark: Writer::vcpu(id.0).mark(),
         };
         let cpu = Cpu::new(
             config,

@@ -21,7 +21,7 @@ use dunlin_guest::{Doorbell, Memory, MemoryError, MsiSink, layout};
 use dunlin_hypervisor::{EngineError, VcpuId, Vm};
 use dunlin_storage::{DiskError, DiskMode, ImageLock, RawDisk};
 use dunlin_vswitch::{MacAddress, PortError, UnixPort};
-use dunlin_x86::cpuid::{Baseline, X86_64_V2};
+use dunlin_x86::cpuid::Baseline;
 
 use super::events::MachineEvents;
 use super::vcpu::{Buses, Pacer, VcpuError, VcpuThread};
@@ -45,7 +45,7 @@ pub(crate) struct Blueprint {
 #[derive(Debug, thiserror::Error)]
 pub enum AssemblyError {
     /// No such CPU baseline.
-    #[error("there is no processor baseline \"{name}\"; known are {known}")]
+    #[error("baseline \"{name}\" is not known here; known are {known}")]
     Baseline {
         /// What was asked for.
         name: String,
@@ -94,9 +94,13 @@ pub enum AssemblyError {
 
 /// Builds a machine.
 pub(crate) fn assemble(blueprint: &Blueprint) -> Result<Machine, AssemblyError> {
-    let config = &blueprint.config;
+    let baseline = baseline(blueprint.config.baseline.as_deref())?;
+    let config = &VmConfig {
+        // By name from now on, wherever the guest goes and whatever is the default there.
+        baseline: Some(baseline.name().to_owned()),
+        ..blueprint.config.clone()
+    };
     let memory = Memory::new(config.memory_bytes)?;
-    let baseline = baseline(config.baseline.as_deref())?;
     let chosen = engine::choose(config.engine, &memory, baseline, config.cpus)?;
     let vm = chosen.vm;
     let chipset = Chipset::build(&vm, blueprint)?;
@@ -154,7 +158,7 @@ pub(crate) fn assemble(blueprint: &Blueprint) -> Result<Machine, AssemblyError> 
 
 fn baseline(name: Option<&str>) -> Result<&'static Baseline, AssemblyError> {
     let Some(name) = name else {
-        return Ok(&X86_64_V2);
+        return Ok(Baseline::unnamed());
     };
     Baseline::named(name).ok_or_else(|| AssemblyError::Baseline {
         name: name.to_owned(),

@@ -1,5 +1,6 @@
 //! What the software CPU takes and what it answers.
 
+use std::num::NonZeroU8;
 use std::sync::Arc;
 
 use thiserror::Error;
@@ -23,6 +24,8 @@ pub struct CpuConfig {
     pub clock: Arc<GuestClock>,
     /// Which pages hold decoded code, the same for all processors of the VM.
     pub code: Arc<CodeMap>,
+    /// What its stores leave in the dirty log, which so can tell the processors apart.
+    pub mark: NonZeroU8,
 }
 
 /// Why the processor stopped.

@@ -8,11 +8,13 @@ mod api;
 pub(crate) mod control;
 mod convert;
 mod device;
+mod features;
 mod mode;
 mod run;
 #[cfg(test)]
 mod tests;
 
+use std::num::NonZeroU8;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -50,6 +52,8 @@ pub struct Cpu {
     pub(crate) rip: u64,
     /// Blocks until something is looked at between them; 0 where that is due.
     pub(crate) budget: u32,
+    /// What its stores leave in the dirty log.
+    pub(crate) mark: NonZeroU8,
     /// The block that runs.
     current: *const Block,
     instructions: u64,
@@ -144,6 +148,7 @@ impl Cpu {
             float: FloatState::power_up(),
             system_flags: 0,
             budget: 0,
+            mark: config.mark,
             current: std::ptr::null(),
             shadow: false,
             alone: false,

@@ -252,7 +252,7 @@ fn movs<T: Value>(cpu: &mut Cpu, context: Context, left: u64) -> Result<u64> {
                 unsafe {
                     host::copy(host_to, host_from, bytes as usize);
                 }
-                target.mark();
+                target.mark(cpu.mark);
                 context.step(cpu, slot::RSI, bytes);
                 context.step(cpu, slot::RDI, bytes);
                 return Ok(count);
@@ -283,7 +283,7 @@ fn stos<T: Value>(cpu: &mut Cpu, context: Context, left: u64) -> Result<u64> {
             unsafe {
                 host::fill(target.host(to), value, count as usize);
             }
-            target.mark();
+            target.mark(cpu.mark);
             context.step(cpu, slot::RDI, bytes);
             return Ok(count);
         }

@@ -33,7 +33,7 @@ impl Cpu {
         if entry.writes(address, T::BYTES) {
             // SAFETY: the entry serves all bytes, which lie in one page of RAM.
             unsafe { T::store(entry.host(address), value) };
-            entry.mark();
+            entry.mark(self.mark);
             return Ok(());
         }
         self.store_slow(
@@ -60,7 +60,7 @@ impl Cpu {
             let (new, result) = change(unsafe { T::load(entry.host(address)) });
             // SAFETY: as above.
             unsafe { T::store(entry.host(address), new) };
-            entry.mark();
+            entry.mark(self.mark);
             return Ok(result);
         }
         let old = self.prepare_modify(address, T::BYTES, seg)?;
@@ -97,7 +97,7 @@ impl Cpu {
             // SAFETY: as above.
             match unsafe { T::compare_exchange(host, old, new) } {
                 Ok(()) => {
-                    entry.mark();
+                    entry.mark(self.mark);
                     return Ok(result);
                 }
                 Err(found) => old = found,
@@ -117,7 +117,7 @@ impl Cpu {
         if entry.writes(address, 16) {
             // SAFETY: the entry serves all bytes; the caller has checked the alignment.
             let outcome = unsafe { compare_exchange_16(entry.host(address), old, new) };
-            entry.mark();
+            entry.mark(self.mark);
             return Ok(outcome);
         }
         let found = (
@@ -139,7 +139,7 @@ impl Cpu {
                 u64::store(entry.host(address), low);
                 u64::store(entry.host(address.wrapping_add(8)), high);
             }
-            entry.mark();
+            entry.mark(self.mark);
             return Ok(());
         }
         let bytes = (u128::from(low) | u128::from(high) << 64).to_le_bytes();
@@ -385,7 +385,7 @@ impl Cpu {
                     }
                 }
             }
-            ram.mark.as_ref().store(1, Ordering::Release);
+            ram.mark.as_ref().store(self.mark.get(), Ordering::Release);
         }
         let frame = translation.physical >> 12;
         if self.config.code.holds_code(frame) {

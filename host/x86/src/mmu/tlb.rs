@@ -1,5 +1,6 @@
 //! The software TLB: direct-mapped, one half for the supervisor, one for user mode.
 
+use std::num::NonZeroU8;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -58,12 +59,12 @@ impl Entry {
 
     /// Marks the page in the dirty log: after the store.
     #[inline(always)]
-    pub(crate) fn mark(&self) {
+    pub(crate) fn mark(&self, mark: NonZeroU8) {
         // SAFETY: a mark is reached only through an entry that was found to serve a write, and
         // such entries hold a mark of `PhysicalMemory`, which lives as long as the processor.
         #[expect(unsafe_code, reason = "the dirty log is reached by pointer")]
         unsafe {
-            self.mark.as_ref().store(1, Ordering::Release);
+            self.mark.as_ref().store(mark.get(), Ordering::Release);
         }
     }
 }

@@ -235,7 +235,7 @@ impl Cpu {
             } else {
                 u32::compare_exchange(host, entry as u32, (entry | bits) as u32).is_err()
             };
-            page.mark.as_ref().store(1, Ordering::Release);
+            page.mark.as_ref().store(self.mark.get(), Ordering::Release);
         }
     }
 

@@ -150,6 +150,7 @@ fn processor(ram: &Arc<Ram>, clock: &Arc<GuestClock>) -> Cpu {
         baseline: &X86_64_V2,
         clock: Arc::clone(clock),
         code: Arc::new(CodeMap::new()),
+        mark: std::num::NonZeroU8::MIN,
     };
     Cpu::new(
         config,

@@ -9,6 +9,7 @@ mod paging;
 mod robust;
 mod strings;
 
+use std::num::NonZeroU8;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -25,6 +26,8 @@ use crate::mmu::CodeMap;
 use crate::state::{Activity, CpuState, DescriptorTable, Segment, segment};
 
 const RAM: u64 = 4 << 20;
+/// What the processor leaves in the dirty log.
+const MARK: NonZeroU8 = NonZeroU8::new(7).unwrap();
 const GDT: u64 = 0x1000;
 const IDT: u64 = 0x2000;
 const TSS: u64 = 0x3000;
@@ -89,8 +92,8 @@ impl Ram {
         u64::from_le_bytes(bytes)
     }
 
-    fn take_mark(&self, at: u64) -> bool {
-        self.marks[(at / 4096) as usize].swap(0, Ordering::Relaxed) != 0
+    fn take_mark(&self, at: u64) -> u8 {
+        self.marks[(at / 4096) as usize].swap(0, Ordering::Relaxed)
     }
 }
 
@@ -136,6 +139,7 @@ impl Machine {
             baseline: &cpuid::X86_64_V2,
             clock: Arc::new(GuestClock::new(2_000_000)),
             code: Arc::clone(&code),
+            mark: MARK,
         };
         let memory = Arc::clone(&ram) as Arc<dyn PhysicalMemory>;
         let router = Arc::clone(&sent) as Arc<dyn InterruptRouter>;
