@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use dunlin_devices::bus::Bus;
-use dunlin_devices::component::Component;
+use dunlin_devices::component::{Component, Reach};
 use dunlin_devices::ioapic::{IoApic, PINS};
 use dunlin_devices::pci::{Address, RootComplex};
 use dunlin_devices::power::PowerDevice;
@@ -154,7 +154,7 @@ impl Machine {
 
     fn restore(&self, component: u8, fields: Option<&[u8]>, body: &[u8]) {
         let component = &self.components[usize::from(component) % self.components.len()];
-        component.pause();
+        component.pause(Reach::AnyHost);
         let mut state = component.save();
         match fields {
             Some(fields) => state.body.extend_from_slice(fields),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
 
-use dunlin_devices::component::Component;
+use dunlin_devices::component::{Component, Reach};
 use dunlin_devices::pci::{Address, Function};
 use dunlin_devices::virtio::pci::VirtioPci;
 use dunlin_devices::virtio::{
@@ -92,8 +92,8 @@ impl VirtioDevice for Watched {
     fn back_end(&self) -> Option<BorrowedFd<'_>> {
         self.device.back_end()
     }
-    fn pause(&mut self) {
-        self.device.pause();
+    fn pause(&mut self, reach: Reach) {
+        self.device.pause(reach);
     }
     fn save(&self) -> Vec<u8> {
         self.device.save()
@@ -212,7 +212,7 @@ fuzz_target!(|input: Input<'_>| {
     if read(pci, 0x14, 1) & (NEEDS_RESET | 4) == 4 {
         let _idle = done.recv_timeout(Duration::from_millis(5));
     }
-    pci.pause();
+    pci.pause(Reach::AnyHost);
     let mut state = pci.save();
     let (other, done) = device(input.device, &memory);
     state.body.extend_from_slice(input.saved);

@@ -39,6 +39,14 @@ pub enum MigrationError {
         /// The downtime limit.
         limit_ms: f64,
     },
+    /// No hand-over to another process of this host was short enough.
+    #[error("the hand-over was not done within {limit_ms:.0} ms, {tries} times: the guest runs on")]
+    PauseTooLong {
+        /// Pauses that were tried.
+        tries: u32,
+        /// The longest pause that was allowed.
+        limit_ms: f64,
+    },
     /// The time for the whole move is over.
     #[error("the move was not done after {elapsed_ms:.0} ms")]
     OutOfTime {

@@ -5,6 +5,7 @@
 //! - [`protocol`]: what both say, with the table of messages;
 //! - [`ownership`]: who owns the guest when, and how that stays true when things break;
 //! - [`transport`]: TCP and unix sockets behind one trait;
+//! - [`handover`]: to another process of the same host, without copying memory;
 //! - [`mod@file`]: a guest at rest, in the same frames.
 //!
 //! A page flows from the dirty log through a batch, a frame and a socket straight into guest
@@ -14,6 +15,7 @@
 mod destination;
 mod error;
 pub mod file;
+pub mod handover;
 mod machine;
 mod options;
 pub mod ownership;

@@ -1,13 +1,16 @@
 //! Stands between source and destination and does harm at one frame of their conversation.
 
-use std::io::{Read, Write};
+use std::io::{IoSlice, IoSliceMut};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use std::time::{Duration, Instant};
+
 use dunlin_migration::protocol::{Header, Kind};
+use dunlin_migration::transport::{DescriptorTransport, Transport, TransportError};
 
 /// Which way a frame goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -135,8 +138,8 @@ impl Shared {
         ] {
             let lane = Lane {
                 shared: Arc::clone(self),
-                from: from.try_clone().unwrap(),
-                to: to.try_clone().unwrap(),
+                from: End::new(from),
+                to: End::new(to),
                 fault: fault.filter(|fault| fault.way == way),
                 stalled: Arc::clone(&stalled),
             };
@@ -145,10 +148,58 @@ impl Shared {
     }
 }
 
+/// One end of a connection; descriptors go along.
+struct End {
+    stream: UnixStream,
+    transport: DescriptorTransport,
+}
+
+impl End {
+    fn new(stream: &UnixStream) -> Self {
+        let stream = stream.try_clone().unwrap();
+        let transport = DescriptorTransport::new(stream.try_clone().unwrap(), "proxied").unwrap();
+        Self { stream, transport }
+    }
+
+    /// As long as a test may take.
+    fn patience() -> Instant {
+        Instant::now() + Duration::from_secs(600)
+    }
+
+    fn read_exact(&mut self, mut into: &mut [u8]) -> Result<(), TransportError> {
+        while !into.is_empty() {
+            let count = self
+                .transport
+                .read(&mut [IoSliceMut::new(into)], Self::patience())?;
+            into = &mut into[count..];
+        }
+        Ok(())
+    }
+
+    fn write_all(&mut self, mut from: &[u8]) -> Result<(), TransportError> {
+        while !from.is_empty() {
+            let count = self
+                .transport
+                .write(&[IoSlice::new(from)], Self::patience())?;
+            from = &from[count..];
+        }
+        Ok(())
+    }
+
+    /// Descriptors that came in go out with the next byte.
+    fn pass_descriptors(&mut self, to: &mut Self) -> Result<(), TransportError> {
+        let descriptors = self.transport.detach();
+        if descriptors.is_empty() {
+            return Ok(());
+        }
+        to.transport.attach(descriptors)
+    }
+}
+
 struct Lane {
     shared: Arc<Shared>,
-    from: UnixStream,
-    to: UnixStream,
+    from: End,
+    to: End,
     fault: Option<Fault>,
     stalled: Arc<AtomicBool>,
 }
@@ -158,16 +209,16 @@ impl Lane {
         let stays_open = self.forward().unwrap_or(false);
         if stays_open {
             let mut kept = self.shared.stalled.lock().unwrap();
-            kept.push(self.from);
-            kept.push(self.to);
+            kept.push(self.from.stream);
+            kept.push(self.to.stream);
         } else if !self.stalled.load(Ordering::SeqCst) {
-            let _ = self.from.shutdown(Shutdown::Both);
-            let _ = self.to.shutdown(Shutdown::Both);
+            let _ = self.from.stream.shutdown(Shutdown::Both);
+            let _ = self.to.stream.shutdown(Shutdown::Both);
         }
     }
 
     /// Forwards until the end; true when the connection stays open without a word.
-    fn forward(&mut self) -> std::io::Result<bool> {
+    fn forward(&mut self) -> Result<bool, TransportError> {
         let mut preamble = [0; 64];
         self.from.read_exact(&mut preamble)?;
         self.to.write_all(&preamble)?;
@@ -179,6 +230,7 @@ impl Lane {
             let mut frame = head.to_vec();
             frame.resize(24 + header.length as usize, 0);
             self.from.read_exact(&mut frame[24..])?;
+            self.from.pass_descriptors(&mut self.to)?;
             if self.stalled.load(Ordering::SeqCst) {
                 return Ok(true);
             }
