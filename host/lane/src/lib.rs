@@ -22,13 +22,16 @@
 //! 6. Writes with a message between them land in the order in which they were posted; writes
 //!    without one in any order, also over each other.
 //!
-//! [`over_stream`] has page lanes over any byte stream.
+//! There are two kinds of page lanes: over any byte stream ([`over_stream`]), and within a process
+//! ([`memory`]) with all the disorder that the contract allows, to test what is built above.
 //!
 //! This crate knows no guest and no protocol above it.
 
+pub mod memory;
 pub mod over_stream;
 mod page;
 pub mod stream;
+mod windows;
 
 pub use over_stream::{StreamLane, StreamReceiver, StreamSender};
 pub use page::{

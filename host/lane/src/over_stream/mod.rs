@@ -33,7 +33,6 @@ mod header;
 mod placing;
 mod receiver;
 mod sender;
-mod windows;
 
 use crate::LaneError;
 use crate::page::LaneTraits;

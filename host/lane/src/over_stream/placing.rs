@@ -1,9 +1,9 @@
 //! A write on its way into the windows.
 
 use super::header::{Header, placements};
-use super::windows::Windows;
 use crate::page::WindowRange;
 use crate::stream::RawSlice;
+use crate::windows::Windows;
 
 /// Bytes of placed memory that are looked at together: they stay in a first-level cache.
 const LOOK: usize = 4096;

@@ -7,10 +7,10 @@ use std::time::Instant;
 use super::ahead::Ahead;
 use super::header::{ENTRY, HEADER, Header, Kind};
 use super::placing::Placing;
-use super::windows::Windows;
 use super::{StreamLane, lane_error};
 use crate::page::{LaneError, LaneEvent, LaneTraits, PageReceiver, Window, WindowRange};
 use crate::stream::Transport;
+use crate::windows::Windows;
 
 /// Steps behind a deadline, none of which has to wait: enough to take what is there already, and
 /// few enough to get away from a peer that never stops writing.

@@ -26,6 +26,17 @@ impl Windows {
         });
     }
 
+    /// Is all of `range` granted, be it by several windows?
+    pub(crate) fn cover(&self, range: &WindowRange) -> bool {
+        let mut reached = range.start;
+        for window in &self.windows {
+            if window.range().start <= reached {
+                reached = reached.max(window.range().end);
+            }
+        }
+        reached >= range.end
+    }
+
     /// Where the bytes of `placement` lie; `None` when no single window has all of them.
     pub(crate) fn resolve(&self, placement: Placement) -> Option<RawSlice> {
         let end = placement.target.checked_add(u64::from(placement.length))?;
@@ -88,6 +99,19 @@ mod tests {
         windows.grant(window(&memory, 0..4096));
         windows.grant(window(&memory, 100..200));
         assert!(found(&windows, 150, 1000));
+    }
+
+    #[test]
+    fn a_range_is_covered_by_windows_without_a_gap() {
+        let memory = Arc::new(vec![0; 4096]);
+        let mut windows = Windows::default();
+        windows.grant(window(&memory, 4096..8192));
+        windows.grant(window(&memory, 0..4096));
+        windows.grant(window(&memory, 9000..12288));
+        assert!(windows.cover(&(100..8192)));
+        assert!(windows.cover(&(7..7)));
+        assert!(!windows.cover(&(100..8193)));
+        assert!(!windows.cover(&(8192..9001)));
     }
 
     #[test]
