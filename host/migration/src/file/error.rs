@@ -51,6 +51,12 @@ pub enum SnapshotError {
     /// Faults of guest memory cannot be served any more.
     #[error(transparent)]
     Faults(#[from] UffdError),
+    /// A thread of this process failed.
+    #[error("the thread that {what} failed")]
+    Lost {
+        /// What it was for.
+        what: &'static str,
+    },
     /// It was told to stop.
     #[error("it was cancelled")]
     Cancelled,

@@ -27,6 +27,8 @@
 mod error;
 mod frames;
 mod head;
+mod lazy;
+mod live;
 mod reader;
 mod table;
 mod version1;
@@ -42,6 +44,8 @@ use crate::machine::{DestinationMachine, MachineError, SourceMachine};
 use crate::pages::{Extents, PAGE};
 use crate::protocol::message::{Configuration, Region};
 pub use error::SnapshotError;
+pub use lazy::{LazyRestore, OnEnd, Rest, Restored, restore_lazily};
+pub use live::{AfterFailure, LiveFailure, LiveProgress, LiveSave, save_live};
 use reader::{Opened, Snapshot};
 use table::EXTENT_PAGES;
 use writer::{Front, PageWriter, Writer};
@@ -62,6 +66,14 @@ pub struct SaveReport {
     pub zero_pages: u64,
     /// From the first byte until the file was on disk, in milliseconds.
     pub total_ms: f64,
+    /// Hash of RAM, in hexadecimal.
+    pub ram_hash: String,
+    /// How long a guest that ran on was stopped, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pause_ms: Option<f64>,
+    /// How often something of a guest that ran on had to wait for a copy before it could write.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub writers_held: Option<u64>,
 }
 
 /// What is known of a saved guest without reading it.
@@ -118,6 +130,9 @@ pub fn save(machine: &mut dyn SourceMachine, path: &Path) -> Result<SaveReport, 
         pages: written.pages,
         zero_pages: memory.pages() - written.pages,
         total_ms: begun.elapsed().as_secs_f64() * 1e3,
+        ram_hash: format!("{:016x}", written.hash),
+        pause_ms: None,
+        writers_held: None,
     })
 }
 
@@ -197,7 +212,13 @@ pub fn restore<M: DestinationMachine>(
     path: &Path,
     build: impl FnOnce(&[u8]) -> Result<M, MachineError>,
 ) -> Result<M, SnapshotError> {
-    let mut opened = Opened::open(path)?;
+    restore_opened(Opened::open(path)?, build)
+}
+
+fn restore_opened<M: DestinationMachine>(
+    mut opened: Opened,
+    build: impl FnOnce(&[u8]) -> Result<M, MachineError>,
+) -> Result<M, SnapshotError> {
     if opened.head.version == 1 {
         return version1::restore(&mut opened.frames, build);
     }

@@ -34,11 +34,6 @@ pub(super) struct Extent {
 }
 
 impl Extent {
-    /// Bytes of content.
-    pub(super) fn bytes(&self) -> usize {
-        self.count as usize * PAGE
-    }
-
     /// Where the content lies, in bytes from the beginning of the file.
     pub(super) fn offset(&self) -> u64 {
         self.at * PAGE as u64

@@ -12,14 +12,14 @@ use crate::pages::PAGE;
 /// RAM under userfaultfd: whoever touches a hole in it waits until the hole is filled.
 #[derive(Debug, Clone)]
 pub(crate) struct FaultingMemory {
-    uffd: Arc<Userfaultfd>,
+    pub(super) uffd: Arc<Userfaultfd>,
     memory: Memory,
 }
 
 /// Pages that are contiguous in this process.
-struct Extent {
-    address: u64,
-    pages: u64,
+pub(super) struct Extent {
+    pub(super) address: u64,
+    pub(super) pages: u64,
 }
 
 impl FaultingMemory {
@@ -37,15 +37,15 @@ impl FaultingMemory {
 
     /// From now on who touches a hole waits.
     pub(crate) fn register(&self) -> Result<(), UffdError> {
-        for region in self.memory.regions() {
-            let first = PageIndex(region.offset / PAGE_SIZE);
-            let Some(extent) = self.extent(first, region.size / PAGE_SIZE) else {
-                continue;
-            };
+        self.watch(raw::MODE_MISSING)
+    }
+
+    pub(super) fn watch(&self, mode: u64) -> Result<(), UffdError> {
+        for extent in self.whole() {
             let mut argument = raw::Register {
                 start: extent.address,
                 len: extent.pages * PAGE_SIZE,
-                mode: raw::MODE_MISSING,
+                mode,
                 ioctls: 0,
             };
             if !raw::ioctl(self.uffd.fd(), raw::IOC_REGISTER, &mut argument) {
@@ -57,11 +57,7 @@ impl FaultingMemory {
 
     /// Nobody waits any more: a hole is zero again, at once, for those who wait too.
     pub(crate) fn unregister(&self) -> Result<(), UffdError> {
-        for region in self.memory.regions() {
-            let first = PageIndex(region.offset / PAGE_SIZE);
-            let Some(extent) = self.extent(first, region.size / PAGE_SIZE) else {
-                continue;
-            };
+        for extent in self.whole() {
             let mut argument = raw::Range {
                 start: extent.address,
                 len: extent.pages * PAGE_SIZE,
@@ -71,6 +67,26 @@ impl FaultingMemory {
             }
         }
         Ok(())
+    }
+
+    /// All of RAM.
+    fn whole(&self) -> impl Iterator<Item = Extent> + '_ {
+        self.extents(PageIndex(0), self.memory.pages())
+    }
+
+    /// `count` pages from `first` on, as far as they exist.
+    pub(super) fn extents(
+        &self,
+        first: PageIndex,
+        count: u64,
+    ) -> impl Iterator<Item = Extent> + '_ {
+        let mut done = 0;
+        std::iter::from_fn(move || {
+            let extent = self.extent(PageIndex(first.0.checked_add(done)?), count - done);
+            let extent = extent.filter(|extent| extent.pages > 0)?;
+            done += extent.pages;
+            Some(extent)
+        })
     }
 
     /// The page at an address that a fault told.

@@ -9,6 +9,7 @@
 
 mod memory;
 mod raw;
+mod writes;
 
 use std::fs::OpenOptions;
 use std::io;
@@ -33,6 +34,9 @@ pub enum UffdError {
     /// The kernel is too old for faults in shared memory.
     #[error("this kernel's userfaultfd does not serve shared memory")]
     NoSharedMemory,
+    /// The kernel is too old to let writers of shared memory wait.
+    #[error("this kernel's userfaultfd does not serve writes to shared memory: Linux 5.19 does")]
+    NoWrites,
     /// An operation failed.
     #[error("userfaultfd failed to {action}")]
     Operation {
@@ -115,6 +119,14 @@ impl Userfaultfd {
             source,
         })
     }
+}
+
+/// Waits until something can be read, or `patience` is over.
+pub(crate) fn wait_readable(fd: RawFd, patience: Duration) -> Result<bool, UffdError> {
+    raw::poll_two(fd, fd, patience).map_err(|source| UffdError::Operation {
+        action: "wait for the disk",
+        source,
+    })
 }
 
 fn by_call() -> io::Result<OwnedFd> {

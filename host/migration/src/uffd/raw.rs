@@ -12,6 +12,10 @@ pub(super) const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
 pub(super) const FEATURES_WRITE_PROTECTION: u64 = 1 << 0 | 1 << 12;
 /// `UFFDIO_REGISTER_MODE_MISSING`.
 pub(super) const MODE_MISSING: u64 = 1;
+/// `UFFDIO_REGISTER_MODE_WP`.
+pub(super) const MODE_WRITES: u64 = 1 << 1;
+/// `UFFDIO_WRITEPROTECT_MODE_WP`.
+pub(super) const PROTECT: u64 = 1;
 
 pub(super) const IOC_NEW: u64 = 0xaa00;
 pub(super) const IOC_API: u64 = 0xc018_aa3f;
@@ -20,6 +24,7 @@ pub(super) const IOC_UNREGISTER: u64 = 0x8010_aa01;
 pub(super) const IOC_WAKE: u64 = 0x8010_aa02;
 pub(super) const IOC_COPY: u64 = 0xc028_aa03;
 pub(super) const IOC_ZEROPAGE: u64 = 0xc020_aa04;
+pub(super) const IOC_WRITEPROTECT: u64 = 0xc018_aa06;
 
 /// `UFFD_EVENT_PAGEFAULT`.
 const EVENT_PAGEFAULT: u8 = 0x12;
@@ -53,6 +58,8 @@ arguments! {
     Range { start, len }
     /// `struct uffdio_register`.
     Register { start, len, mode, ioctls }
+    /// `struct uffdio_writeprotect`.
+    WriteProtect { start, len, mode }
     /// `struct uffdio_copy`; `copy` is what was done, or a negative error.
     Copy { dst, src, len, mode, copy }
     /// `struct uffdio_zeropage`; `zeropage` as `copy` above.

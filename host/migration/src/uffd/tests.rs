@@ -106,6 +106,33 @@ fn a_page_that_is_there_is_never_overwritten_and_the_run_around_it_is_placed() {
 }
 
 #[test]
+fn a_writer_waits_until_writes_are_allowed_and_readers_do_not() {
+    let Some(faulting) = faulting(1 << 20) else {
+        return;
+    };
+    if !faulting.uffd().serves_writes() {
+        eprintln!("SKIP: {}", super::UffdError::NoWrites);
+        return;
+    }
+    faulting.memory().write_page(PageIndex(7), &[1; PAGE]);
+    faulting.register_writes().unwrap();
+    faulting.forbid_writes().unwrap();
+    // One page that is there, and one that is a hole.
+    for (page, before) in [(7, 1), (8, 0)] {
+        assert_eq!(content(faulting.memory(), page), [before; PAGE]);
+        let memory = faulting.memory().clone();
+        let writer = std::thread::spawn(move || memory.write_page(PageIndex(page), &[2; PAGE]));
+        assert_eq!(next_fault(&faulting), PageIndex(page));
+        assert_eq!(content(faulting.memory(), page), [before; PAGE]);
+        faulting.allow_writes(PageIndex(page), 1).unwrap();
+        assert!(writer.join().unwrap());
+        assert_eq!(content(faulting.memory(), page), [2; PAGE]);
+    }
+    faulting.unregister().unwrap();
+    faulting.memory().write_page(PageIndex(9), &[3; PAGE]);
+}
+
+#[test]
 fn letting_go_frees_who_waits() {
     let Some(faulting) = faulting(1 << 20) else {
         return;
