@@ -6,6 +6,7 @@
 )]
 
 mod baselines;
+mod engines;
 mod life;
 mod moves;
 mod saved;

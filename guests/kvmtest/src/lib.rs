@@ -10,10 +10,13 @@
 //!   reports each interrupt that arrives; on demand arms the TSC-deadline timer, or starts a second
 //!   processor.
 //!
+//! [`pair`] is another guest, a kernel for whole machines: two processors that count and print.
+//!
 //! Data flows from here into guest memory and from the guest to whoever serves its I/O; knows no
 //! engine.
 
 mod assembler;
+pub mod pair;
 mod programs;
 
 use std::collections::BTreeSet;

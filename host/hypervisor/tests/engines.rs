@@ -574,3 +574,53 @@ fn a_triple_fault_is_a_shutdown() {
         assert_eq!(machine.next(), Event::Shutdown, "{engine:?}");
     }
 }
+
+/// Runs a vCPU until it has printed `letters` letters, and then until an instruction border.
+fn print(vcpu: &mut dyn Vcpu, letters: usize) -> String {
+    let mut printed = String::new();
+    while printed.len() < letters {
+        match vcpu.run().unwrap() {
+            Exit::PortWrite { data, .. } => printed.push(char::from(data[0])),
+            Exit::Kicked => {}
+            other => panic!("unexpected {other:?} after {printed:?}"),
+        }
+    }
+    vcpu.quiesce().unwrap();
+    printed
+}
+
+/// Two processors as [`guest::pair`] starts them, each run in turn on this thread.
+fn pair(engine: Engine) -> Machine {
+    let mut machine = Machine::new(engine, 2);
+    guest::pair::load(&machine.memory);
+    let reset = machine.vcpus[0].save().unwrap();
+    let boot = guest::pair::boot_state(&reset);
+    machine.vcpus[0].restore(&boot).unwrap();
+    machine
+}
+
+#[test]
+fn a_second_processor_reaches_ring_3_and_moves_with_the_first() {
+    for from in engines() {
+        for to in engines() {
+            let mut machine = pair(from);
+            assert_eq!(print(machine.vcpus[0].as_mut(), 3), "bcd", "{from:?}");
+            assert_eq!(print(machine.vcpus[1].as_mut(), 2), "BC", "{from:?}");
+            for index in 0..2 {
+                let state = machine.vcpus[index].save().unwrap();
+                assert_eq!(state.segments[1].selector & 3, 3, "{from:?}: {index}");
+            }
+            machine = machine.moved(to);
+            assert_eq!(
+                print(machine.vcpus[1].as_mut(), 3),
+                "DEF",
+                "{from:?} to {to:?}"
+            );
+            assert_eq!(
+                print(machine.vcpus[0].as_mut(), 1),
+                "e",
+                "{from:?} to {to:?}"
+            );
+        }
+    }
+}

@@ -39,7 +39,7 @@ impl Throttled {
     }
 
     /// What each processor sleeps from now on.
-    fn next(&mut self, memory: &Memory, cpus: u32, slowdown: Slowdown) -> Vec<u8> {
+    pub(super) fn next(&mut self, memory: &Memory, cpus: u32, slowdown: Slowdown) -> Vec<u8> {
         let now = memory.dirty_log().authorship();
         let pages = now.since(&self.seen).of_vcpus(cpus);
         self.seen = now;

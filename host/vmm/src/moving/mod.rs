@@ -62,3 +62,6 @@ pub(crate) fn decode_config(bytes: &[u8]) -> Result<VmConfig, ApiError> {
         .map_err(|error| ApiError::from_chain(ErrorCode::InvalidRequest, &error))?;
     Ok(config)
 }
+
+#[cfg(test)]
+mod tests;

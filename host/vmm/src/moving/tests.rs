@@ -1,0 +1,274 @@
+//! A guest with two processors, both running and writing, moves in this process from one
+//! lifecycle to a machine of any engine.
+
+use std::path::Path;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use dunlin_api::launch::Overrides;
+use dunlin_api::migration::{Endpoint, MigrateRequest, MigrationPhase, MigrationStatus, Verify};
+use dunlin_api::place::RuntimeDirectory;
+use dunlin_api::{EngineChoice, VmConfig};
+use dunlin_guest::{Memory, PAGE_SIZE, PageSet};
+use dunlin_guest_kvmtest::pair;
+use dunlin_hypervisor::probe::{EngineRequest, choose};
+use dunlin_migration::transport::Listener;
+use dunlin_migration::{Arrival, Destination, DestinationOptions, MigrationError, Slowdown};
+use dunlin_x86::cpuid::X86_64_V1;
+use tokio::sync::oneshot;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::*;
+use crate::console::ConsoleHub;
+use crate::lifecycle::{Lifecycle, Mailbox, Message, Phase, Reply, Surroundings};
+use crate::machine::events::MachineEvents;
+use crate::machine::{DiskLocks, Machine};
+
+/// Longest wait for anything: the machine may be busy.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// The engines that this host offers. What is missing is said.
+fn engines() -> Vec<EngineChoice> {
+    match choose(EngineRequest::Kvm, &X86_64_V1) {
+        Ok(_) => vec![EngineChoice::Soft, EngineChoice::Kvm],
+        Err(error) => {
+            eprintln!("SKIP: {error}");
+            vec![EngineChoice::Soft]
+        }
+    }
+}
+
+fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let end = Instant::now() + LIMIT;
+    while !holds() {
+        assert!(Instant::now() < end, "{what}");
+        std::thread::yield_now();
+    }
+}
+
+fn build(runtime: &Path, engine: EngineChoice) -> Build {
+    Build {
+        runtime: RuntimeDirectory::at(runtime),
+        overrides: Overrides {
+            engine: Some(engine),
+            ..Overrides::default()
+        },
+        faults: open_faults(),
+        console: ConsoleHub::new(),
+        events: MachineEvents::new(|_| {}),
+    }
+}
+
+/// The guest, as it is about to start.
+fn booted(folder: &Path, engine: EngineChoice) -> ArrivingMachine {
+    let kernel = folder.join("pair");
+    std::fs::write(&kernel, pair::kernel()).unwrap();
+    let config = serde_json::json!({
+        "version": 1, "name": "a", "kernel": kernel, "command_line": "",
+        "memory_bytes": pair::MEMORY, "cpus": 2, "baseline": "x86-64-v1",
+    });
+    let config: VmConfig = serde_json::from_value(config).unwrap();
+    let runtime = folder.join("source");
+    let guest = build(&runtime, engine)
+        .build(&encode_config(&config))
+        .unwrap();
+    guest.machine.load_kernel().unwrap();
+    guest
+}
+
+fn counters(memory: &Memory) -> [u64; 2] {
+    [0, 1].map(|processor| {
+        let at = GuestAddress(pair::counter(processor));
+        memory.mapping().read_obj(at).unwrap()
+    })
+}
+
+/// Waits until both processors count on.
+fn both_count(memory: &Memory) {
+    let before = counters(memory);
+    until("both processors count", || {
+        let now = counters(memory);
+        (0..2).all(|processor| now[processor] > before[processor] + 10_000)
+    });
+}
+
+/// What a paused guest has written is what its counters say: nothing is lost, and nothing old has
+/// come back.
+fn assert_whole(memory: &Memory) {
+    for (processor, rounds) in counters(memory).into_iter().enumerate() {
+        let pages = pair::data_pages(processor);
+        let many = pair::DATA_PAGES[processor];
+        assert!(rounds > many);
+        for (index, page) in (pages.start.0..pages.end.0).enumerate() {
+            let at = GuestAddress(page * PAGE_SIZE);
+            let found: u64 = memory.mapping().read_obj(at).unwrap();
+            let last = rounds - (rounds - index as u64) % many;
+            // The counter goes first: the page of this round may not have been written yet.
+            let expected = [last, if last == rounds { last - many } else { last }];
+            assert!(
+                expected.contains(&found),
+                "processor {processor}, page {index}: {found}, not {expected:?}"
+            );
+        }
+    }
+}
+
+/// A running VM's owner on a thread of its own.
+struct Owner {
+    mailbox: Mailbox,
+    monitor: Arc<MoveMonitor>,
+    memory: Memory,
+    thread: JoinHandle<()>,
+}
+
+impl Owner {
+    fn start(guest: ArrivingMachine) -> Self {
+        let (mailbox, inbox) = Mailbox::new();
+        let monitor = Arc::new(MoveMonitor::new());
+        let memory = guest.machine.memory().clone();
+        let (others, own_monitor) = (mailbox.clone(), Arc::clone(&monitor));
+        let (started, ready) = mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            let _place = guest.place;
+            let surroundings = Surroundings {
+                blueprint: guest.blueprint,
+                inbox,
+                mailbox: others,
+                monitor: own_monitor,
+                faults: open_faults(),
+            };
+            let mut lifecycle = Lifecycle::new(guest.machine, Phase::Created, surroundings);
+            lifecycle.start().unwrap();
+            started.send(()).unwrap();
+            lifecycle.run();
+        });
+        ready.recv().unwrap();
+        Self {
+            mailbox,
+            monitor,
+            memory,
+            thread,
+        }
+    }
+
+    fn ask<T>(&self, message: impl FnOnce(Reply<T>) -> Message) -> T {
+        let (reply, answer) = oneshot::channel();
+        self.mailbox.send(message(reply));
+        answer.blocking_recv().unwrap().unwrap()
+    }
+
+    fn migrate(&self, to: &Path) -> MigrationStatus {
+        let request = format!(r#"{{"to":"unix:{}"}}"#, to.display());
+        let request = MigrateRequest {
+            verify: Verify::After,
+            ..serde_json::from_str(&request).unwrap()
+        };
+        assert_eq!(request.to, Endpoint::Unix(to.into()));
+        self.ask(|reply| Message::Migrate(request, reply));
+        until("the move ends", || self.monitor.status().is_over());
+        self.monitor.status()
+    }
+
+    fn end(self) {
+        self.mailbox.send(Message::End("the test is over"));
+        self.thread.join().unwrap();
+    }
+}
+
+type Arrived = Result<Arrival<ArrivingMachine>, MigrationError>;
+
+/// Waits for a guest at `socket`.
+fn destination(folder: &Path, socket: &Path, engine: EngineChoice) -> JoinHandle<Arrived> {
+    let listener = Listener::unix(socket).unwrap();
+    let build = build(&folder.join("destination"), engine);
+    std::thread::spawn(move || {
+        Destination::new(listener, DestinationOptions::default())
+            .accept(|configuration| build.build_for_peer(configuration))
+    })
+}
+
+fn paused(machine: &Machine) -> [u64; 2] {
+    machine.pause(DiskLocks::Release).unwrap();
+    assert_whole(machine.memory());
+    counters(machine.memory())
+}
+
+#[test]
+fn two_processors_that_write_move_between_all_engines_and_count_on() {
+    for from in engines() {
+        for to in engines() {
+            let folder = tempfile::tempdir().unwrap();
+            let source = Owner::start(booted(folder.path(), from));
+            both_count(&source.memory);
+            let socket = folder.path().join("lane");
+            let arriving = destination(folder.path(), &socket, to);
+            let status = source.migrate(&socket);
+            assert_eq!(
+                status.phase,
+                MigrationPhase::Done,
+                "{from:?} to {to:?}: {status:?}"
+            );
+            let report = status.report.unwrap();
+            assert_eq!(report.verified, Some(true), "{from:?} to {to:?}");
+            let left = counters(&source.memory);
+            let arrived = arriving.join().unwrap().unwrap();
+            let machine = &arrived.machine.machine;
+            both_count(machine.memory());
+            let now = paused(machine);
+            assert!((0..2).all(|cpu| now[cpu] > left[cpu]), "{from:?} to {to:?}");
+            assert_eq!(
+                counters(&source.memory),
+                left,
+                "{from:?}: the source ran on"
+            );
+            arrived.witness.wait();
+            source.end();
+        }
+    }
+}
+
+#[test]
+fn a_processor_that_writes_much_is_slowed_down_more() {
+    // Under KVM the log does not say which processor wrote a page: all are slowed down alike.
+    for (engine, named) in [(EngineChoice::Soft, true), (EngineChoice::Kvm, false)] {
+        if !engines().contains(&engine) {
+            continue;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let guest = booted(folder.path(), engine);
+        let machine = &guest.machine;
+        machine.vm().start_dirty_tracking().unwrap();
+        machine.resume().unwrap();
+        both_count(machine.memory());
+        let mut throttled = Throttled::none(machine.memory());
+        both_count(machine.memory());
+        machine.vm().collect_dirty().unwrap();
+        let mut written = PageSet::new(machine.memory().pages());
+        machine.memory().dirty_log().harvest(&mut written);
+        for processor in 0..2 {
+            let pages = pair::data_pages(processor);
+            for page in pages.start.0..pages.end.0 {
+                assert!(
+                    written.contains(dunlin_guest::PageIndex(page)),
+                    "{engine:?}: {page}"
+                );
+            }
+        }
+        let slowdown = Slowdown::percent(60);
+        let percent = throttled.next(machine.memory(), 2, slowdown);
+        if named {
+            assert_eq!(percent[0], 60, "{percent:?}");
+            assert!((1..12).contains(&percent[1]), "{percent:?}");
+        } else {
+            assert_eq!(percent, [60, 60]);
+        }
+        machine.throttle(&percent).unwrap();
+        assert_eq!(machine.throttled(), percent);
+        // Slowed down is not stopped.
+        both_count(machine.memory());
+        machine.throttle(&[]).unwrap();
+        assert!(machine.throttled().is_empty());
+        paused(machine);
+    }
+}
