@@ -225,7 +225,11 @@ impl Host {
         self.bring_up(command, name)
     }
 
-    fn bring_up(&mut self, mut command: Command, name: &str) -> anyhow::Result<()> {
+    /// Runs a command that starts the VM `name` in the foreground, and waits until the VM answers.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn bring_up(&mut self, mut command: Command, name: &str) -> anyhow::Result<()> {
         if self.switch.is_some() {
             command.arg("--net").arg(self.net());
         }
@@ -243,10 +247,18 @@ impl Host {
     /// # Errors
     /// When it does not come up.
     pub fn receive(&mut self, name: &str) -> anyhow::Result<String> {
+        self.receive_with(name, &[])
+    }
+
+    /// The same with more arguments.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn receive_with(&mut self, name: &str, arguments: &[&str]) -> anyhow::Result<String> {
         let port = free_tcp_port(self.address)?;
         let target = format!("tcp://{}:{port}", self.address);
         let mut command = self.command(&["receive", "--once", "--name", name]);
-        command.args(["--listen", &target]);
+        command.args(["--listen", &target]).args(arguments);
         if self.switch.is_some() {
             command.arg("--net").arg(self.net());
         }

@@ -53,7 +53,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("dunlin-guest-agent", &[]),
     ("dunlin-guest-kvmtest", &["dunlin-guest", "dunlin-x86"]),
     ("dunlin-guest-migbench", &[]),
-    ("dunlin-testbed", &[]),
+    ("dunlin-testbed", &["dunlin-guest-migbench"]),
     (
         "xtask",
         &["dunlin-boot", "dunlin-guest-migbench", "dunlin-testbed"],

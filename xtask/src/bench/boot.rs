@@ -58,7 +58,7 @@ pub(super) fn run(arguments: &BenchArguments) -> anyhow::Result<()> {
         }
         rows.extend(evaluate(series, &suffix, &ours, &peer));
     }
-    print("boot", &rows, arguments)
+    print("boot", &rows, arguments.json)
 }
 
 fn evaluate(

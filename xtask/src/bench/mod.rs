@@ -1,6 +1,7 @@
 //! Measurements beside a peer, in one run: a table for people, one JSON line for programs.
 
 mod boot;
+mod migrate;
 
 use clap::{Args, Subcommand};
 use serde::Serialize;
@@ -10,6 +11,8 @@ use serde::Serialize;
 pub(crate) enum Bench {
     /// Boots stock kernels to init on the software CPU, beside QEMU's software CPU
     Boot(BenchArguments),
+    /// Moves the benchmark guest, beside QEMU and a raw copy
+    Migrate(migrate::MigrateArguments),
 }
 
 /// Arguments that every benchmark takes.
@@ -26,6 +29,7 @@ pub(crate) struct BenchArguments {
 pub(crate) fn run(bench: &Bench) -> anyhow::Result<()> {
     match bench {
         Bench::Boot(arguments) => boot::run(arguments),
+        Bench::Migrate(arguments) => migrate::run(arguments),
     }
 }
 
@@ -69,6 +73,31 @@ impl Row {
         }
     }
 
+    /// A figure that must not fall below `limit`; median, minimum and maximum of `values`.
+    fn at_least(name: &str, unit: &'static str, limit: f64, values: &[f64]) -> Self {
+        Self {
+            limit: format!(">= {limit}"),
+            holds: median(values).is_some_and(|value| value >= limit),
+            ..Self::at_most(name, unit, limit, values)
+        }
+    }
+
+    /// A figure whose share of `values` from below (0.99: all but the highest hundredth) must not exceed a limit:
+    /// `bound` is the share and the limit.
+    fn percentile_at_most(
+        name: &str,
+        unit: &'static str,
+        (share, limit): (f64, f64),
+        values: &[f64],
+    ) -> Self {
+        let value = percentile(values, share);
+        Self {
+            value,
+            holds: value.is_some_and(|value| value <= limit),
+            ..Self::at_most(name, unit, limit, values)
+        }
+    }
+
     /// A figure that must be `expected` exactly.
     fn exactly(name: &str, unit: &'static str, expected: f64, value: f64, n: usize) -> Self {
         Self {
@@ -97,6 +126,7 @@ impl Row {
     fn missing(name: &str, unit: &'static str, why: String) -> Self {
         Self {
             why: Some(why),
+            limit: String::new(),
             holds: false,
             ..Self::at_most(name, unit, 0.0, &[])
         }
@@ -104,23 +134,24 @@ impl Row {
 }
 
 /// Prints the table (to standard error when only JSON is wanted on standard output, nothing).
-fn print(bench: &'static str, rows: &[Row], arguments: &BenchArguments) -> anyhow::Result<()> {
-    if !arguments.json {
+fn print(bench: &'static str, rows: &[Row], json: bool) -> anyhow::Result<()> {
+    if !json {
         println!(
-            "{:<24} {:>10} {:<24} {:<10} n  min..max",
+            "{:<32} {:>10} {:<24} {:<10} n  min..max",
             "row", "value", "unit", "limit"
         );
         for row in rows {
             let value = row
                 .value
                 .map_or("-".to_owned(), |value| format!("{value:.3}"));
-            let range = match (row.min, row.max) {
-                (Some(min), Some(max)) => format!("{min:.3}..{max:.3}"),
-                _ => row.why.clone().unwrap_or_default(),
+            let mut range = match (row.min, row.max) {
+                (Some(min), Some(max)) => format!("{min:.3}..{max:.3} "),
+                _ => String::new(),
             };
+            range.push_str(row.why.as_deref().unwrap_or_default().trim_end());
             let mark = if row.holds { "" } else { "  MISSED" };
             println!(
-                "{:<24} {value:>10} {:<24} {:<10} {}  {range}{mark}",
+                "{:<32} {value:>10} {:<24} {:<10} {}  {range}{mark}",
                 row.name, row.unit, row.limit, row.n
             );
         }
@@ -146,6 +177,14 @@ fn median(values: &[f64]) -> Option<f64> {
     }
 }
 
+/// The smallest value that is not below the given share of all (nearest rank).
+fn percentile(values: &[f64], share: f64) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let rank = (share * sorted.len() as f64).ceil() as usize;
+    sorted.get(rank.max(1) - 1).copied()
+}
+
 /// Processor model and number of processors.
 fn machine() -> String {
     let model = std::fs::read_to_string("/proc/cpuinfo")
@@ -168,6 +207,23 @@ mod tests {
         assert_eq!(median(&[]), None);
         assert_eq!(median(&[3.0, 1.0, 2.0]), Some(2.0));
         assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), Some(2.5));
+    }
+
+    #[test]
+    fn a_percentile_is_the_nearest_rank() {
+        let values: Vec<_> = (1..=200).map(f64::from).collect();
+        assert_eq!(percentile(&values, 0.99), Some(198.0));
+        assert_eq!(percentile(&values, 0.5), Some(100.0));
+        assert_eq!(percentile(&[7.0], 0.99), Some(7.0));
+        assert_eq!(percentile(&[], 0.99), None);
+    }
+
+    #[test]
+    fn a_row_below_its_limit_does_not_hold() {
+        assert!(!Row::at_least("x", "", 0.8, &[0.7, 0.79, 0.9]).holds);
+        assert!(Row::at_least("x", "", 0.8, &[0.7, 0.8, 0.9]).holds);
+        assert!(!Row::percentile_at_most("x", "", (0.99, 2.0), &[1.0, 3.0]).holds);
+        assert!(Row::percentile_at_most("x", "", (0.5, 2.0), &[1.0, 3.0]).holds);
     }
 
     #[test]

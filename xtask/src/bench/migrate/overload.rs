@@ -1,0 +1,55 @@
+//! A guest that writes twice as fast as its pages can travel: it must arrive all the same.
+
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use dunlin_guest_migbench::Parameters;
+
+use super::Bench;
+use crate::bench::Row;
+use dunlin_testbed::mover::Mover;
+
+const MEBIBYTES: u64 = 512;
+/// For `--bandwidth`, and the guest writes twice as much.
+const BANDWIDTH: &str = "100M";
+/// How long the guest's rate is measured without a move.
+const BEFORE: Duration = Duration::from_secs(2);
+
+pub(super) fn above_bandwidth(bench: &Bench) -> anyhow::Result<Vec<Row>> {
+    let parameters = Parameters {
+        working_set_mebibytes: 128,
+        rate_mebibytes: 200,
+        ..Parameters::default()
+    };
+    let mut mover = Mover::start(&bench.setup("above", MEBIBYTES, parameters))?;
+    let (mut gaps, mut slowdowns, mut faults) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut totals, mut blackouts) = (Vec::new(), Vec::new());
+    for _ in 0..bench.runs(30, 3) {
+        mover.listen_for(BEFORE)?;
+        let now = mover.recorder().now();
+        let before = mover.write_rate(now.saturating_sub(BEFORE), now)?;
+        let hop = mover.hop(&["--bandwidth", BANDWIDTH, "--mode", "auto"], &[])?;
+        let Some(post) = hop.report.get("post_copy").filter(|post| !post.is_null()) else {
+            bail!("the move ended without post-copy");
+        };
+        faults.extend(post["fault_p99_us"].as_f64());
+        let during = mover.write_rate(hop.span.0, hop.span.1)?;
+        let (before, during) = before.zip(during).context("the guest tells its writes")?;
+        slowdowns.push((1.0 - during / before) * 100.0);
+        gaps.extend(hop.worst_gap_ms);
+        blackouts.extend(hop.blackout_ms);
+        totals.extend(hop.report["total_ms"].as_f64());
+    }
+    Ok(vec![
+        Row::at_most("above_bw_gap_ms", "ms", 50.0, &gaps),
+        Row::at_most(
+            "above_bw_slowdown_pct",
+            "percent of writes",
+            30.0,
+            &slowdowns,
+        ),
+        Row::at_most("fault_p99_us", "us", 1000.0, &faults),
+        Row::information("above_bw_blackout_ms", "ms", &blackouts),
+        Row::information("above_bw_total_ms", "ms", &totals),
+    ])
+}
