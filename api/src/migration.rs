@@ -173,6 +173,8 @@ pub struct RoundReport {
     pub pages: u64,
     /// Pages sent as zero.
     pub zero_pages: u64,
+    /// Pages that were written with what the destination had already.
+    pub same_pages: u64,
     /// Bytes on the wire.
     pub bytes: u64,
     /// When it began, counted from the start of the move, in milliseconds.
@@ -251,7 +253,11 @@ pub struct MigrationReport {
     pub pages: u64,
     /// Pages sent as zero.
     pub zero_pages: u64,
-    /// Processor time of the sending thread, in seconds.
+    /// Pages that were written with what the destination had already.
+    pub same_pages: u64,
+    /// Page lanes in use.
+    pub streams: u16,
+    /// Processor time of the sending threads, in seconds.
     pub cpu_seconds: f64,
     /// Whether the hashes of RAM were equal, when verification was asked for.
     pub verified: Option<bool>,

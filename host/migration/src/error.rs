@@ -1,8 +1,11 @@
 //! Why a guest did not move.
 
+use dunlin_lane::LaneError;
+
 use crate::machine::MachineError;
 use crate::ownership::Doubt;
 use crate::protocol::ProtocolError;
+use crate::protocol::lane::LaneMessageError;
 use crate::report::MigrationReport;
 use crate::transport::TransportError;
 
@@ -15,6 +18,12 @@ pub enum MigrationError {
     /// The peer, or a file, said something that cannot be.
     #[error(transparent)]
     Protocol(#[from] ProtocolError),
+    /// A page lane failed.
+    #[error(transparent)]
+    Lane(#[from] LaneError),
+    /// A message on a page lane cannot be.
+    #[error(transparent)]
+    LaneMessage(#[from] LaneMessageError),
     /// The machine failed.
     #[error(transparent)]
     Machine(#[from] MachineError),

@@ -35,7 +35,11 @@ pub struct MigrationReport {
     pub pages: u64,
     /// Pages sent as zero.
     pub zero_pages: u64,
-    /// CPU time of the sending thread.
+    /// Pages that were written with what the destination had already.
+    pub same_pages: u64,
+    /// Page lanes in use.
+    pub streams: u16,
+    /// CPU time of the sending threads.
     pub cpu_seconds: f64,
     /// Whether the hashes of RAM were equal, when verification was asked for.
     pub verified: Option<bool>,
@@ -83,6 +87,8 @@ pub struct RoundReport {
     pub pages: u64,
     /// Pages sent as zero.
     pub zero_pages: u64,
+    /// Pages that were written with what the destination had already.
+    pub same_pages: u64,
     /// Bytes on the wire.
     pub bytes: u64,
     /// When it began, counted from the start of the move.
@@ -123,6 +129,6 @@ pub struct DestinationReport {
     pub start_ms: f64,
     /// From the announcement of the pause to the start.
     pub blackout_ms: f64,
-    /// CPU time of the receiving thread.
+    /// CPU time of the receiving threads.
     pub cpu_seconds: f64,
 }

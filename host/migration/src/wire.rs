@@ -44,6 +44,7 @@ pub(crate) struct Wire {
     sent: u64,
     received: u64,
     bytes_sent: u64,
+    bytes_received: u64,
     /// The rest of a frame that a deadline cut: sent before anything else.
     unsent: Vec<u8>,
     /// A frame that has arrived in part.
@@ -59,6 +60,7 @@ impl Wire {
             sent: 0,
             received: 0,
             bytes_sent: 0,
+            bytes_received: 0,
             unsent: Vec::new(),
             header: None,
             partial: Vec::new(),
@@ -77,6 +79,21 @@ impl Wire {
 
     pub(crate) fn peer(&self) -> &str {
         self.transport.peer()
+    }
+
+    /// Bytes that have arrived.
+    pub(crate) fn bytes_received(&self) -> u64 {
+        self.bytes_received
+    }
+
+    /// Was one of the stop tokens cancelled?
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stopped()
+    }
+
+    /// The transport, when nothing but preambles went over it.
+    pub(crate) fn into_transport(self) -> Box<dyn Transport> {
+        self.transport
     }
 
     pub(crate) fn shutdown(&mut self) {
@@ -245,12 +262,6 @@ impl Wire {
         Ok(payload)
     }
 
-    /// Takes over the payload of the header that came last: the caller reads it by
-    /// [`Wire::read_exact`] and checks it.
-    pub(crate) fn take_header(&mut self) {
-        self.header = None;
-    }
-
     fn fill(&mut self, target: usize, patience: Patience) -> Result<(), MigrationError> {
         while self.partial.len() < target {
             let have = self.partial.len();
@@ -303,7 +314,10 @@ impl Wire {
         loop {
             let slice_end = deadline.min(Instant::now() + SLICE);
             match self.transport.read(into, slice_end) {
-                Ok(count) => return Ok(count),
+                Ok(count) => {
+                    self.bytes_received += count as u64;
+                    return Ok(count);
+                }
                 Err(TransportError::TimedOut { .. })
                     if Instant::now() < deadline && !self.stopped() => {}
                 Err(error) => return Err(self.timed_out_or_stopped(error).into()),

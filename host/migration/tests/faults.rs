@@ -11,7 +11,7 @@ use dunlin_migration::transport::UnixConnector;
 use dunlin_migration::{
     MigrationFailure, MigrationOptions, MigrationReport, Outcome, Source, Verification, Whereabouts,
 };
-use support::proxy::{Fault, Harm, Proxy, Way};
+use support::proxy::{Fault, Harm, Place, Proxy, Way};
 use support::{Conduct, Load, SourceSide, UnixPlace, options};
 
 /// A move through few frames, by a guest that writes all the time.
@@ -53,7 +53,7 @@ fn survives(fault: Fault) -> Option<bool> {
     arrival.witness.stop();
     // The last word may still be on its way.
     let begun = Instant::now();
-    while fault.kind == Kind::Settled && fault.skip == 0 && !proxy.hit() {
+    while fault.place == Place::Frame(Kind::Settled) && fault.skip == 0 && !proxy.hit() {
         assert!(begun.elapsed() < Duration::from_secs(5), "no last word");
         std::thread::yield_now();
     }
@@ -90,9 +90,8 @@ fn check_owner(
 const TO_DESTINATION: &[Kind] = &[
     Kind::Configuration,
     Kind::KeepAlive,
+    Kind::Lanes,
     Kind::RoundBegin,
-    Kind::Pages,
-    Kind::ZeroPages,
     Kind::RoundEnd,
     Kind::SwitchOver,
     Kind::States,
@@ -114,12 +113,16 @@ fn every_message(way: Way, harm: Harm) {
         Way::ToDestination => TO_DESTINATION,
         Way::ToSource => TO_SOURCE,
     };
-    for &kind in kinds {
+    let mut places: Vec<Place> = kinds.iter().copied().map(Place::Frame).collect();
+    if way == Way::ToDestination {
+        places.push(Place::Lane(0));
+    }
+    for place in places {
         let mut moved = Vec::new();
         for skip in 0..20 {
             let fault = Fault {
                 way,
-                kind,
+                place,
                 skip,
                 harm,
             };
@@ -128,8 +131,8 @@ fn every_message(way: Way, harm: Harm) {
             };
             moved.push(outcome);
         }
-        eprintln!("{way:?} {harm:?} {kind:?}: moved {moved:?}");
-        assert!(!moved.is_empty(), "{kind:?} was never harmed");
+        eprintln!("{way:?} {harm:?} {place:?}: moved {moved:?}");
+        assert!(!moved.is_empty(), "{place:?} was never harmed");
     }
 }
 
@@ -171,7 +174,7 @@ fn without_an_answer_the_guest_stays_paused_and_the_question_can_be_asked_again(
     let moved_door = hidden.clone();
     let fault = Fault {
         way: Way::ToSource,
-        kind: Kind::Running,
+        place: Place::Frame(Kind::Running),
         skip: 0,
         harm: Harm::Cut,
     };

@@ -22,7 +22,7 @@ use dunlin_migration::{
     CancelToken, Destination, DestinationMachine, DestinationOptions, MigrationError, Outcome,
     SourceMachine, Whereabouts,
 };
-use support::proxy::{Fault, Harm, Proxy, Way};
+use support::proxy::{Fault, Harm, Place, Proxy, Way};
 use support::{Conduct, DestinationSide, Load, SourceSide};
 
 const LOAD: Load = Load {
@@ -180,7 +180,8 @@ fn survives(fault: Fault) -> Option<bool> {
     }
     // The last words may still be on their way.
     let begun = Instant::now();
-    while matches!(fault.kind, Kind::Settled | Kind::Leftovers) && fault.skip == 0 && !proxy.hit() {
+    let last = matches!(fault.place, Place::Frame(Kind::Settled | Kind::Leftovers));
+    while last && fault.skip == 0 && !proxy.hit() {
         assert!(begun.elapsed() < Duration::from_secs(5), "no last word");
         std::thread::yield_now();
     }
@@ -204,7 +205,7 @@ fn every_message(harm: Harm) {
         for &kind in kinds {
             let fault = Fault {
                 way,
-                kind,
+                place: Place::Frame(kind),
                 skip: 0,
                 harm,
             };

@@ -8,34 +8,36 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use dunlin_lane::{PageSender, Placement, StreamLane, StreamSender};
 use dunlin_migration::protocol::message::{
-    Attempt, Configuration, Region, RoundBegin, RoundEnd, States,
+    Attempt, Configuration, Lanes, Region, RoundBegin, RoundEnd, States,
 };
 use dunlin_migration::protocol::{
-    Header, Kind, Message, Preamble, ProtocolError, Purpose, Token, runs,
+    Header, Kind, Message, Preamble, ProtocolError, Purpose, Token, lane, runs,
 };
-use dunlin_migration::transport::{Listener, PeerProcess, TcpConnector, UnixConnector};
+use dunlin_migration::transport::{
+    Listener, PeerProcess, SocketTransport, TcpConnector, UnixConnector,
+};
 use dunlin_migration::{DestinationMachine, MigrationError, MigrationOptions, Source, Whereabouts};
 use proptest::prelude::*;
-use support::proxy::{Fault, Harm, Proxy, Way};
+use support::proxy::{Fault, Harm, Place, Proxy, Way};
 use support::{Conduct, Load, SourceSide, UnixPlace, options, wait_on};
 
 /// A peer that says what the test wants.
 struct Liar {
     stream: UnixStream,
     sequence: u64,
+    token: Token,
+    lane: Option<StreamSender>,
 }
 
 impl Liar {
     fn connect(place: &UnixPlace) -> Self {
         let mut stream = UnixStream::connect(place.door()).unwrap();
-        let preamble = Preamble {
-            purpose: Purpose::Move,
-            token: Token::random().unwrap(),
-            body_length: 0,
-        };
+        let token = Token::random().unwrap();
+        let preamble = Preamble::connection(Purpose::Move, token);
         stream.write_all(&preamble.encode()).unwrap();
         let mut answer = [0; 64];
         stream.read_exact(&mut answer).unwrap();
@@ -43,6 +45,8 @@ impl Liar {
         Self {
             stream,
             sequence: 0,
+            token,
+            lane: None,
         }
     }
 
@@ -50,7 +54,52 @@ impl Liar {
     fn configured(place: &UnixPlace) -> Self {
         let mut liar = Self::connect(place);
         liar.say(&configuration(1 << 20, 1 << 20));
+        // `Ready` says that lanes may come.
+        let mut ready = [0; 24];
+        liar.stream.read_exact(&mut ready).unwrap();
+        let header = Header::decode(&ready, 0).unwrap();
+        let mut body = vec![0; header.length as usize];
+        liar.stream.read_exact(&mut body).unwrap();
         liar
+    }
+
+    /// As `configured`, and a page lane is open.
+    fn with_lane(place: &UnixPlace) -> Self {
+        let mut liar = Self::configured(place);
+        liar.open_lane(place, 0);
+        liar.say(&Message::Lanes(Lanes { count: 1 }));
+        liar
+    }
+
+    fn open_lane(&mut self, place: &UnixPlace, lane: u16) {
+        let mut stream = UnixStream::connect(place.door()).unwrap();
+        let preamble = Preamble {
+            lane,
+            ..Preamble::connection(Purpose::Lane, self.token)
+        };
+        stream.write_all(&preamble.encode()).unwrap();
+        let _ = stream.read_exact(&mut [0; 64]);
+        let transport = SocketTransport::unix(stream, "the liar").unwrap();
+        self.lane = Some(StreamSender::new(
+            Box::new(transport),
+            StreamLane::default(),
+        ));
+    }
+
+    /// Says something on the lane.
+    fn page_message(&mut self, message: &[u8]) {
+        let soon = Instant::now() + Duration::from_secs(5);
+        let _ = self.lane.as_mut().unwrap().send(message, soon);
+    }
+
+    /// Writes pages by the lane.
+    fn page_write(&mut self, target: u64, pages: usize) {
+        let soon = Instant::now() + Duration::from_secs(5);
+        let lane = self.lane.as_mut().unwrap();
+        let mut buffer = lane.buffer(soon).unwrap();
+        buffer.extend(pages * 4096).unwrap().fill(1);
+        let length = (pages * 4096) as u32;
+        let _ = lane.write(buffer, &[Placement { target, length }], soon);
     }
 
     /// The destination may have hung up already: that is an answer, too.
@@ -88,6 +137,7 @@ fn configuration(claimed: u64, built: u64) -> Message {
             offset: 0,
         }],
         verification: 0,
+        lanes: 1,
     })
 }
 
@@ -156,7 +206,7 @@ fn a_destination_of_another_version_is_named_with_both_versions() {
         .unwrap_err();
     assert!(matches!(
         failure.error,
-        MigrationError::Protocol(ProtocolError::Version { theirs: 9, ours: 1 })
+        MigrationError::Protocol(ProtocolError::Version { theirs: 9, ours: 2 })
     ));
     machine.assert_runs_whole();
     old.join().unwrap();
@@ -167,15 +217,31 @@ fn lies_are_refused_with_a_reason_and_start_nothing() {
     let place = UnixPlace::new(Conduct::default());
     let attempt = |attempt| Attempt { attempt };
     let begin = |round, pages| Message::RoundBegin(RoundBegin { round, pages });
-    let page_frame = |first: u64, count: u32, pages: usize| {
+    let pages_message = |first: u64, count: u32| {
         let run = runs::Run {
             first: dunlin_guest::PageIndex(first),
             count,
         };
-        let mut payload = Vec::new();
-        runs::encode(&[run], &mut payload);
-        payload.resize(payload.len() + pages * 4096, 1);
-        payload
+        let mut message = Vec::new();
+        lane::encode_pages(0, &[run], &[], 0, &mut message);
+        message
+    };
+    let end = |pages, lanes| {
+        Message::RoundEnd(RoundEnd {
+            round: 0,
+            pages,
+            lanes,
+            ..RoundEnd::default()
+        })
+    };
+    let mark = |pages| {
+        let counts = lane::Counts {
+            pages,
+            ..lane::Counts::default()
+        };
+        let mut message = Vec::new();
+        lane::encode_mark(0, counts, &mut message);
+        message
     };
     type Lie<'a> = Box<dyn Fn(&mut Liar) + 'a>;
     let lies: Vec<(&str, Lie<'_>)> = vec![
@@ -192,10 +258,7 @@ fn lies_are_refused_with_a_reason_and_start_nothing() {
             "Running",
             Box::new(|l| l.say(&Message::Running(Default::default()))),
         ),
-        (
-            "no round",
-            Box::new(|l| l.frame(Kind::Pages, &page_frame(0, 1, 1))),
-        ),
+        ("no round", Box::new(|l| l.say(&end(0, 1)))),
         ("RoundBegin", Box::new(|l| l.say(&begin(3, 1)))),
         (
             "more pages than RAM",
@@ -203,42 +266,52 @@ fn lies_are_refused_with_a_reason_and_start_nothing() {
         ),
         (
             "run of 1 pages from page 256",
-            Box::new(|l| {
-                l.say(&begin(0, 10));
-                l.frame(Kind::Pages, &page_frame(256, 1, 1));
-            }),
+            Box::new(|l| l.page_message(&pages_message(256, 1))),
         ),
         (
-            "does not fit its runs",
-            Box::new(|l| {
-                l.say(&begin(0, 10));
-                l.frame(Kind::Pages, &page_frame(0, 2, 1));
-            }),
+            "pages with content, at most",
+            Box::new(|l| l.page_message(&pages_message(0, 200))),
         ),
         (
-            "more pages than the round",
+            "outside of what was granted",
+            Box::new(|l| l.page_write(1 << 20, 1)),
+        ),
+        (
+            "outside of what was granted",
+            Box::new(|l| l.page_write((1 << 20) - 4096, 2)),
+        ),
+        (
+            "unknown kind",
+            Box::new(|l| l.page_message(&[9, 0, 0, 0, 0, 0, 0, 0])),
+        ),
+        ("has not the length", Box::new(|l| l.page_message(&[]))),
+        (
+            "of 1 at most",
             Box::new(|l| {
                 l.say(&begin(0, 1));
-                l.frame(Kind::Pages, &page_frame(0, 2, 2));
+                l.page_message(&pages_message(0, 2));
+                l.page_message(&mark(2));
+                l.say(&end(2, 1));
             }),
         ),
         (
             "were announced",
             Box::new(|l| {
-                l.say(&begin(0, 1));
-                let end = RoundEnd {
-                    round: 0,
-                    pages: 1,
-                    zero_pages: 0,
-                };
-                l.say(&Message::RoundEnd(end));
+                l.say(&begin(0, 9));
+                l.page_message(&pages_message(0, 2));
+                l.page_message(&mark(2));
+                l.say(&end(1, 1));
             }),
         ),
         (
-            "runs of pages",
+            "other numbers than its lane",
+            Box::new(|l| l.page_message(&mark(2))),
+        ),
+        (
+            "on 2 lanes",
             Box::new(|l| {
                 l.say(&begin(0, 1));
-                l.frame(Kind::ZeroPages, &u32::MAX.to_le_bytes());
+                l.say(&end(0, 2));
             }),
         ),
         (
@@ -276,10 +349,17 @@ fn lies_are_refused_with_a_reason_and_start_nothing() {
         ),
     ];
     for (reason, lie) in lies {
-        let mut liar = Liar::configured(&place);
+        let mut liar = Liar::with_lane(&place);
         lie(&mut liar);
         let words = liar.last_words();
         assert!(words.contains(reason), "{reason:?} not in {words:?}");
+    }
+    for count in [0, 2, u32::MAX] {
+        let mut liar = Liar::configured(&place);
+        liar.open_lane(&place, 0);
+        liar.say(&Message::Lanes(Lanes { count }));
+        let words = liar.last_words();
+        assert!(words.contains("page lanes, 1 to 1"), "{words:?}");
     }
     for (reason, configuration) in [
         ("at most", configuration(u64::MAX, 1 << 20)),
@@ -343,6 +423,8 @@ fn a_destination_that_talks_nonsense_costs_the_source_nothing() {
                 let mut liar = Liar {
                     stream,
                     sequence: 0,
+                    token: Token::random().unwrap(),
+                    lane: None,
                 };
                 for (kind, payload) in frames {
                     liar.frame(kind, &payload);
@@ -374,7 +456,7 @@ fn random_frames_at_a_destination_start_nothing() {
     );
     runner
         .run(&frames, |frames| {
-            let mut liar = Liar::configured(&place);
+            let mut liar = Liar::with_lane(&place);
             for (kind, payload) in frames {
                 liar.frame(kind, &payload);
             }
@@ -440,10 +522,9 @@ fn spawn_destination(door: &std::path::Path) -> Process {
 fn a_destination_killed_at_any_message_leaves_a_whole_guest_at_the_source() {
     let to_destination = [
         Kind::Configuration,
+        Kind::Lanes,
         Kind::KeepAlive,
         Kind::RoundBegin,
-        Kind::Pages,
-        Kind::ZeroPages,
         Kind::RoundEnd,
         Kind::SwitchOver,
         Kind::States,
@@ -461,7 +542,7 @@ fn a_destination_killed_at_any_message_leaves_a_whole_guest_at_the_source() {
         let pid = process.0.id();
         let fault = Fault {
             way,
-            kind,
+            place: Place::Frame(kind),
             skip: 0,
             harm: Harm::Cut,
         };

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use dunlin_migration::transport::{Listener, TcpConnector};
 use dunlin_migration::{
-    CancelToken, MigrationError, MigrationOptions, NoConvergence, Outcome, RoundKind, Source, Step,
-    Verification, Whereabouts,
+    CancelToken, Compression, MigrationError, MigrationOptions, NoConvergence, Outcome, RoundKind,
+    Source, Step, Verification, Whereabouts,
 };
 use support::{Conduct, Load, SourceSide, UnixPlace, options, wait_on};
 
@@ -123,6 +123,64 @@ fn a_guest_that_writes_faster_than_it_can_be_sent_runs_on_at_the_source() {
         .run(&mut machine, place.connector().as_mut())
         .unwrap();
     assert_eq!(report.outcome, Outcome::Moved);
+    place.waiting.arrival().machine.assert_runs_whole();
+}
+
+#[test]
+fn several_lanes_compression_and_equal_pages_leave_nothing_out() {
+    for (streams, compression) in [
+        (Some(1), Compression::Lz4),
+        (Some(3), Compression::Off),
+        (Some(4), Compression::Lz4),
+        (None, Compression::Auto),
+    ] {
+        let place = UnixPlace::new(Conduct::default());
+        let mut machine = SourceSide::running(BUSY);
+        let options = MigrationOptions {
+            streams,
+            compression,
+            bandwidth_limit: Some(200 << 20),
+            verification: Verification::AfterHandOver,
+            ..options()
+        };
+        let report = Source::new(options)
+            .run(&mut machine, place.connector().as_mut())
+            .unwrap();
+        let arrival = place.waiting.arrival();
+        arrival.machine.assert_runs_whole();
+        assert_eq!(report.verified, Some(true));
+        let lanes = streams.unwrap_or(report.streams);
+        assert!(report.streams == lanes && lanes >= 1);
+    }
+}
+
+#[test]
+fn a_page_that_was_written_with_what_it_held_does_not_travel_again() {
+    let place = UnixPlace::new(Conduct::default());
+    let mut machine = SourceSide::running(Load {
+        ram: 8 << 20,
+        ..Load::SMALL
+    });
+    let memory = machine.guest.memory().clone();
+    let mut content = [0; 4096];
+    let idle: Vec<_> = (1024..1536).map(dunlin_guest::PageIndex).collect();
+    let report = Source::new(MigrationOptions {
+        // Rounds take a while, so that there is more than one.
+        bandwidth_limit: Some(40 << 20),
+        downtime_limit: Duration::from_millis(200),
+        ..options()
+    })
+    .progress(|progress| {
+        if progress.round < 4 && progress.step == Step::Copying {
+            for &page in &idle {
+                memory.read_page(page, &mut content);
+                memory.write_page(page, &content);
+            }
+        }
+    })
+    .run(&mut machine, place.connector().as_mut())
+    .unwrap();
+    assert!(report.same_pages > 0, "{report:?}");
     place.waiting.arrival().machine.assert_runs_whole();
 }
 

@@ -16,6 +16,9 @@ pub struct PageSet {
 }
 
 impl PageSet {
+    /// Shares of a set that are worked on apart begin and end at multiples of so many pages.
+    pub const SHARE: u64 = WORD;
+
     /// An empty set over RAM of `pages` pages.
     pub fn new(pages: u64) -> Self {
         Self {
@@ -140,6 +143,18 @@ impl PageSet {
             words: &self.words,
             index: 0,
             rest: self.words.first().copied().unwrap_or(0),
+        }
+    }
+
+    /// Those pages in ascending order that lie in the words which `pages` touches: a share of the
+    /// set that others do not look at, when its ends are multiples of [`PageSet::SHARE`].
+    pub fn within(&self, pages: Range<u64>) -> Pages<'_> {
+        let end = (pages.end.div_ceil(WORD) as usize).min(self.words.len());
+        let first = (pages.start / WORD) as usize;
+        Pages {
+            words: &self.words[..end],
+            index: first,
+            rest: self.words[..end].get(first).copied().unwrap_or(0),
         }
     }
 
@@ -274,6 +289,22 @@ mod tests {
             }
             prop_assert_eq!(set.len(), model.len() as u64);
             prop_assert_eq!(members(&set), model);
+        }
+
+        #[test]
+        fn shares_are_the_whole_without_overlap(
+            pages in proptest::collection::btree_set(0u64..700, 0..300),
+            cuts in proptest::collection::btree_set(0u64..12, 0..5),
+        ) {
+            let set = of(700, &pages);
+            let mut shared = Vec::new();
+            let mut from = 0;
+            for cut in cuts.into_iter().chain([20]) {
+                let to = cut * PageSet::SHARE;
+                shared.extend(set.within(from..to).map(|page| page.0));
+                from = to;
+            }
+            prop_assert_eq!(shared, pages.into_iter().collect::<Vec<_>>());
         }
 
         #[test]

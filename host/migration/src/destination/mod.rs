@@ -1,9 +1,10 @@
 //! The side that a guest arrives at.
 
 pub(crate) mod custody;
+mod inventory;
+mod lanes;
 mod reception;
 pub(crate) mod session;
-pub(crate) mod store;
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::thread::JoinHandle;
@@ -19,7 +20,7 @@ use crate::transport::Listener;
 use crate::wire::{Patience, Wire};
 
 use custody::Ledger;
-use reception::Reception;
+use reception::{LaneDoor, Reception};
 use session::Session;
 pub use session::Stage;
 
@@ -139,8 +140,10 @@ impl Destination {
         let (visitors, door) = sync_channel(1);
         let stop = CancelToken::new();
         let settled = CancelToken::new();
+        let lanes = LaneDoor::default();
         let reception = Reception {
             listener,
+            lanes: lanes.clone(),
             ledger: ledger.clone(),
             purpose,
             visitors,
@@ -151,6 +154,7 @@ impl Destination {
         let reception = reception.spawn()?;
         let host = Host {
             ledger: &ledger,
+            lanes: &lanes,
             options: &options,
         };
         let (guest, wire, failed_sessions) =
@@ -197,6 +201,7 @@ pub(crate) struct Received<G> {
 /// What sessions share.
 pub(crate) struct Host<'a> {
     pub(crate) ledger: &'a Ledger,
+    lanes: &'a LaneDoor,
     pub(crate) options: &'a DestinationOptions,
 }
 
@@ -260,8 +265,7 @@ impl Host<'_> {
     ) -> Result<(M, DestinationReport), MigrationError> {
         self.begin(visitor)?;
         let token = visitor.preamble.token;
-        let wire = &mut visitor.wire;
-        Session::begin(wire, self.ledger, self.options, token, build)?.run()
+        Session::begin(&mut visitor.wire, self, token, build)?.run()
     }
 }
 

@@ -5,18 +5,20 @@
 //! [`crate::DestinationOptions::preamble_timeout`], and never hold up a guest that is arriving.
 
 use std::net::Shutdown;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{SyncSender, TrySendError};
+use std::sync::mpsc::{Receiver, SendError, Sender, SyncSender, TrySendError, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
+
+use dunlin_lane::{PageReceiver, StreamLane, StreamReceiver};
 
 use super::Visitor;
 use super::custody::Ledger;
 use crate::error::MigrationError;
 use crate::options::CancelToken;
 use crate::protocol::message::{Answer, Message, Ownership};
-use crate::protocol::{Preamble, ProtocolError, Purpose, Token, VERSION};
+use crate::protocol::{Kind, Preamble, ProtocolError, Purpose, Token, VERSION};
 use crate::transport::{Listener, Transport};
 use crate::wire::{Patience, Wire};
 
@@ -29,6 +31,7 @@ const SLICE: Duration = Duration::from_millis(50);
 
 pub(super) struct Reception {
     pub(super) listener: Listener,
+    pub(super) lanes: LaneDoor,
     pub(super) ledger: Ledger,
     /// What a connection must be for to be let through.
     pub(super) purpose: Purpose,
@@ -38,8 +41,103 @@ pub(super) struct Reception {
     pub(super) preamble_timeout: Duration,
 }
 
+/// A page lane that has come.
+struct ArrivingLane {
+    number: u16,
+    transport: Box<dyn Transport>,
+}
+
+/// Where page lanes of the present session come in.
+#[derive(Clone, Default)]
+pub(super) struct LaneDoor(Arc<Mutex<Option<Opening>>>);
+
+struct Opening {
+    token: Token,
+    most: u16,
+    sender: Sender<ArrivingLane>,
+}
+
+/// An open door: lanes come in until it is dropped or they are collected.
+pub(super) struct OpenDoor {
+    door: LaneDoor,
+    lanes: Receiver<ArrivingLane>,
+}
+
+impl LaneDoor {
+    fn lock(&self) -> MutexGuard<'_, Option<Opening>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets in at most `most` lanes of a session.
+    pub(super) fn open(&self, token: Token, most: u16) -> OpenDoor {
+        let (sender, lanes) = channel();
+        *self.lock() = Some(Opening {
+            token,
+            most,
+            sender,
+        });
+        OpenDoor {
+            door: self.clone(),
+            lanes,
+        }
+    }
+
+    /// May this lane come in? Each number does once.
+    fn admit(&self, preamble: &Preamble) -> Option<Sender<ArrivingLane>> {
+        let opening = self.lock();
+        let opening = opening.as_ref()?;
+        let fits = opening.token == preamble.token && preamble.lane < opening.most;
+        fits.then(|| opening.sender.clone())
+    }
+}
+
+impl OpenDoor {
+    /// The lanes 0 to `count` - 1.
+    pub(super) fn collect(
+        self,
+        count: u32,
+        until: Instant,
+    ) -> Result<Vec<Box<dyn PageReceiver>>, MigrationError> {
+        let invalid = |reason: String| ProtocolError::invalid(Kind::Lanes, reason);
+        let most = self.door.lock().as_ref().map_or(0, |opening| opening.most);
+        if count == 0 || count > most.into() {
+            let reason = format!("{count} page lanes, 1 to {most} were asked for");
+            return Err(invalid(reason).into());
+        }
+        let mut slots: Vec<Option<Box<dyn Transport>>> = Vec::new();
+        slots.resize_with(count as usize, || None);
+        while slots.iter().any(Option::is_none) {
+            let left = until.saturating_duration_since(Instant::now());
+            let Ok(lane) = self.lanes.recv_timeout(left) else {
+                return Err(invalid(format!("not all of {count} page lanes came")).into());
+            };
+            match slots.get_mut(usize::from(lane.number)) {
+                Some(slot @ None) => *slot = Some(lane.transport),
+                _ => {
+                    return Err(
+                        invalid(format!("page lane {} is one too many", lane.number)).into(),
+                    );
+                }
+            }
+        }
+        let lanes = slots.into_iter().flatten();
+        Ok(lanes
+            .map(|transport| -> Box<dyn PageReceiver> {
+                Box::new(StreamReceiver::new(transport, StreamLane::default()))
+            })
+            .collect())
+    }
+}
+
+impl Drop for OpenDoor {
+    fn drop(&mut self) {
+        *self.door.lock() = None;
+    }
+}
+
 /// What the thread of one connection needs.
 struct Desk {
+    lanes: LaneDoor,
     ledger: Ledger,
     purpose: Purpose,
     visitors: SyncSender<Visitor>,
@@ -82,6 +180,7 @@ impl Reception {
             visitors,
             stop,
             settled,
+            lanes: _,
             ledger: _,
             purpose: _,
             preamble_timeout: _,
@@ -104,6 +203,7 @@ impl Reception {
             return;
         }
         let desk = Desk {
+            lanes: self.lanes.clone(),
             ledger: self.ledger.clone(),
             purpose: self.purpose,
             visitors: self.visitors.clone(),
@@ -129,6 +229,7 @@ impl Desk {
         let patience = Patience::Until(Instant::now() + self.preamble_timeout);
         let result = match wire.receive_preamble(patience) {
             Ok(preamble) => match preamble.purpose {
+                Purpose::Lane => return self.admit(&preamble, wire, patience),
                 purpose if purpose == self.purpose => return self.pass_on(preamble, wire),
                 Purpose::Inquiry => self.answer(&preamble, &mut wire),
                 Purpose::Move | Purpose::HandOver | Purpose::File => Err(ProtocolError::Preamble {
@@ -138,11 +239,7 @@ impl Desk {
             },
             Err(error) => {
                 // Tells a peer of another version which one this is; others ignore it.
-                let ours = Preamble {
-                    purpose: Purpose::Move,
-                    token: Token::from_bytes([0; 16]),
-                    body_length: 0,
-                };
+                let ours = Preamble::connection(Purpose::Move, Token::from_bytes([0; 16]));
                 let told = match &error {
                     MigrationError::Protocol(ProtocolError::Version { .. }) => {
                         wire.send_preamble(&ours, patience)
@@ -173,6 +270,26 @@ impl Desk {
                 }
                 visitor.wire.shutdown();
             }
+        }
+    }
+
+    /// Gives a page lane to the session that waits for it.
+    fn admit(&self, preamble: &Preamble, mut wire: Wire, patience: Patience) {
+        let Some(session) = self.lanes.admit(preamble) else {
+            tracing::warn!(peer = wire.peer(), "a page lane of no session was refused");
+            return wire.shutdown();
+        };
+        if let Err(error) = wire.send_preamble(preamble, patience) {
+            tracing::debug!(error = %error.chain(), "a page lane broke off");
+            return wire.shutdown();
+        }
+        let lane = ArrivingLane {
+            number: preamble.lane,
+            transport: wire.into_transport(),
+        };
+        // A session that has ended meanwhile needs no lane.
+        if let Err(SendError(mut lane)) = session.send(lane) {
+            lane.transport.shutdown(Shutdown::Both);
         }
     }
 

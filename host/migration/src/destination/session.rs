@@ -1,29 +1,36 @@
 //! One attempt to bring a guest here.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dunlin_guest::{Memory, PAGE_SIZE, PageSet};
+use dunlin_guest::{Memory, PageSet};
 
-use super::custody::Ledger;
-use super::store::Store;
+use super::Host;
+use super::inventory::Inventory;
+use super::lanes::{Book, Lanes};
 use crate::error::MigrationError;
 use crate::machine::{DestinationMachine, MachineError};
 use crate::options::{DestinationOptions, Verification};
 use crate::pages;
+use crate::protocol::lane::Counts;
 use crate::protocol::message::{
     Configuration, Prepared, Ready, RoundBegin, RoundEnd, Running, States, Stored,
 };
-use crate::protocol::{Header, Kind, Message, ProtocolError, Token};
+use crate::protocol::{Kind, Message, ProtocolError, Token};
 use crate::report::DestinationReport;
+use crate::transport::TransportError;
 use crate::wire::{Patience, Wire};
 
-/// Pages between two words of progress within a round: 16 MiB.
-const PROGRESS_PAGES: u64 = (16 << 20) / PAGE_SIZE;
+/// How often a session looks at its lanes, and tells how far they have come.
+const TICK: Duration = Duration::from_millis(100);
+/// How long the source may take to say why it closed its lanes.
+const LAST_WORDS: Duration = Duration::from_millis(300);
 
-/// Where a session is. Before the first stage the machine is built (`Configuration`, `Ready`).
+/// Where a session is. Before the first stage the machine is built (`Configuration`, `Ready`) and
+/// the page lanes are opened (`Lanes`).
 ///
 /// ```text
-///   Configuration         SwitchOver             States              Commit
+///      Lanes              SwitchOver             States              Commit
 ///  ──────────────▶ Copying ────────▶ Switching ────────▶ Prepared ───────────▶ (runs)
 ///                    ▲ │ ▲               │                   │
 ///    round of pages  └─┘ └──── Back ─────┴──────── Back ─────┘
@@ -52,22 +59,21 @@ impl Stage {
     }
 }
 
-#[derive(Debug, Default)]
+/// A round that has begun and not ended.
+#[derive(Debug, Clone, Copy)]
 struct Round {
     number: u32,
+    /// Pages that come at most.
     expected: u64,
-    pages: u64,
-    zero_pages: u64,
-    told: u64,
 }
 
 pub(super) struct Session<'a, M> {
     wire: &'a mut Wire,
-    ledger: &'a Ledger,
-    options: &'a DestinationOptions,
+    host: &'a Host<'a>,
     token: Token,
     machine: M,
-    store: Store,
+    inventory: Arc<Inventory>,
+    lanes: Lanes,
     verification: Verification,
     stage: Stage,
     round: Option<Round>,
@@ -76,52 +82,60 @@ pub(super) struct Session<'a, M> {
     announced: Instant,
     restore: Duration,
     cpu_at_start: f64,
+    /// When the source was last heard, on whatever connection.
+    alive: Instant,
+    /// Signs of life of lanes that were seen, and pages that were told.
+    seen: u64,
+    told: u64,
 }
 
 impl<'a, M: DestinationMachine> Session<'a, M> {
-    /// Receives the configuration and builds the machine.
+    /// Receives the configuration, builds the machine, and opens the page lanes.
     pub(super) fn begin(
         wire: &'a mut Wire,
-        ledger: &'a Ledger,
-        options: &'a DestinationOptions,
+        host: &'a Host<'a>,
         token: Token,
         build: &mut impl FnMut(&[u8]) -> Result<M, MachineError>,
     ) -> Result<Self, MigrationError> {
         let cpu_at_start = pages::thread_cpu_seconds();
+        let options = host.options;
         let patience = Patience::Idle(options.idle_timeout);
         let configuration = match wire.receive(patience)? {
             Message::Configuration(configuration) => configuration,
             other => return Err(unexpected(&other, "waiting for the configuration").into()),
         };
-        let verification = match configuration.verification {
-            0 => Verification::Off,
-            1 => Verification::AfterHandOver,
-            2 => Verification::BeforeHandOver,
-            _ => {
-                let kind = Kind::Configuration;
-                return Err(ProtocolError::invalid(kind, "unknown verification").into());
-            }
-        };
-        if configuration.ram_bytes > options.max_ram {
-            return Err(MigrationError::Refused {
-                reason: format!(
-                    "it has {} bytes of RAM, at most {} are accepted",
-                    configuration.ram_bytes, options.max_ram
-                ),
-            });
-        }
+        let verification = check(&configuration, options)?;
         let machine = build(&configuration.machine)?;
         check_ram(machine.memory(), &configuration)?;
-        let store = Store::new(machine.memory().clone(), verification != Verification::Off);
-        let incarnation = ledger.incarnation().as_bytes().to_vec();
-        wire.send(&Message::Ready(Ready { incarnation }), patience)?;
+        let hashing = verification != Verification::Off;
+        let inventory = Arc::new(Inventory::new(machine.memory().clone(), hashing));
+        let most = configuration
+            .lanes
+            .clamp(1, options.max_lanes.max(1).into());
+        let opening = host.lanes.open(token, most as u16);
+        let ready = Ready {
+            incarnation: host.ledger.incarnation().as_bytes().to_vec(),
+            lanes: most,
+        };
+        wire.send(&Message::Ready(ready), patience)?;
+        let count = match wire.receive(patience)? {
+            Message::Lanes(lanes) => lanes.count,
+            Message::Abort(body) => {
+                return Err(MigrationError::Peer {
+                    reason: body.reason,
+                });
+            }
+            other => return Err(unexpected(&other, "waiting for the page lanes").into()),
+        };
+        let receivers = opening.collect(count, Instant::now() + options.idle_timeout)?;
+        let lanes = Lanes::start(receivers, &inventory)?;
         Ok(Self {
             wire,
-            ledger,
-            options,
+            host,
             token,
             machine,
-            store,
+            inventory,
+            lanes,
             verification,
             stage: Stage::Copying,
             round: None,
@@ -130,24 +144,60 @@ impl<'a, M: DestinationMachine> Session<'a, M> {
             announced: Instant::now(),
             restore: Duration::ZERO,
             cpu_at_start,
+            alive: Instant::now(),
+            seen: 0,
+            told: 0,
         })
     }
 
     /// Takes the guest over. On success it runs here.
     pub(super) fn run(mut self) -> Result<(M, DestinationReport), MigrationError> {
         loop {
-            let header = self.wire.receive_header(self.patience())?;
-            match header.kind {
-                Kind::Pages => self.pages(&header)?,
-                Kind::ZeroPages => self.zero_pages(&header)?,
-                kind => {
-                    let payload = self.wire.receive_payload(self.patience())?;
-                    let message = Message::decode(kind, &payload)?;
+            match self.wire.receive(Patience::Until(Instant::now() + TICK)) {
+                Ok(message) => {
+                    self.alive = Instant::now();
                     if self.control(message)? {
                         return self.take_over();
                     }
                 }
+                Err(MigrationError::Transport(TransportError::TimedOut { .. })) => self.tick()?,
+                Err(error) => return Err(error),
             }
+        }
+    }
+
+    /// Looks at the lanes, and tells the source how far they have come.
+    fn tick(&mut self) -> Result<(), MigrationError> {
+        let book = Arc::clone(self.lanes.book());
+        if let Some(error) = book.failure() {
+            return Err(self.last_words(error));
+        }
+        let signs = book.signs_of_life() + self.wire.bytes_received();
+        if signs != self.seen {
+            self.seen = signs;
+            self.alive = Instant::now();
+        }
+        if self.alive.elapsed() > self.host.options.idle_timeout {
+            let peer = self.wire.peer().to_owned();
+            return Err(TransportError::TimedOut { peer }.into());
+        }
+        match self.round {
+            Some(round) if self.told != book.pages() => {
+                self.tell(round.number, Counts::default(), Complete::NotYet)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A source that gives up closes its lanes, and says why on the control connection: those
+    /// words come first.
+    fn last_words(&mut self, error: MigrationError) -> MigrationError {
+        let patience = Patience::Until(Instant::now() + LAST_WORDS);
+        match self.wire.receive(patience) {
+            Ok(Message::Abort(body)) => MigrationError::Peer {
+                reason: body.reason,
+            },
+            _ => error,
         }
     }
 
@@ -210,78 +260,67 @@ impl<'a, M: DestinationMachine> Session<'a, M> {
         self.round = Some(Round {
             number: body.round,
             expected: body.pages,
-            ..Round::default()
         });
         Ok(())
     }
 
+    /// Waits for the marks of all lanes: then everything of the round is in RAM.
     fn end_round(&mut self, body: &RoundEnd) -> Result<(), MigrationError> {
-        let round = self.round.take().ok_or(ProtocolError::Unexpected {
+        let round = self.round.ok_or(ProtocolError::Unexpected {
             kind: Kind::RoundEnd,
             state: "no round was open",
         })?;
-        let fits = body.round == round.number
-            && body.pages == round.pages
-            && body.zero_pages == round.zero_pages
-            && round.pages + round.zero_pages == round.expected;
-        if !fits {
-            return Err(ProtocolError::invalid(
-                Kind::RoundEnd,
-                format!(
-                    "{} pages and {} zero pages came, {} and {} were announced",
-                    round.pages, round.zero_pages, body.pages, body.zero_pages
-                ),
-            )
-            .into());
+        let book = Arc::clone(self.lanes.book());
+        let lanes = body.lanes as usize;
+        if body.round != round.number || !(1..=book.lanes()).contains(&lanes) {
+            let reason = format!("it ends round {} on {lanes} lanes", body.round);
+            return Err(ProtocolError::invalid(Kind::RoundEnd, reason).into());
         }
-        if self.stage == Stage::Copying {
-            self.tell(&round, true)?;
+        let came = self.marks(&book, lanes, round.number)?;
+        let announced = Counts {
+            pages: body.pages,
+            zero_pages: body.zero_pages,
+            same_pages: body.same_pages,
+        };
+        if came != announced || came.total() > round.expected {
+            let reason = format!(
+                "{came:?} came, {announced:?} were announced, of {} at most",
+                round.expected
+            );
+            return Err(ProtocolError::invalid(Kind::RoundEnd, reason).into());
         }
-        Ok(())
+        self.round = None;
+        self.tell(round.number, came, Complete::Yes)
     }
 
-    fn pages(&mut self, header: &Header) -> Result<(), MigrationError> {
-        let mut round = self.open_round(header.kind)?;
-        let patience = self.patience();
-        let stored = self.store.receive_pages(self.wire, header, patience)?;
-        round.pages += stored;
-        self.count(round)
-    }
-
-    fn zero_pages(&mut self, header: &Header) -> Result<(), MigrationError> {
-        let mut round = self.open_round(header.kind)?;
-        let payload = self.wire.receive_payload(self.patience())?;
-        round.zero_pages += self.store.receive_zero_pages(&payload)?;
-        self.count(round)
-    }
-
-    fn open_round(&mut self, kind: Kind) -> Result<Round, ProtocolError> {
-        self.round.take().ok_or(ProtocolError::Unexpected {
-            kind,
-            state: "no round was open",
-        })
-    }
-
-    fn count(&mut self, mut round: Round) -> Result<(), MigrationError> {
-        let stored = round.pages + round.zero_pages;
-        if stored > round.expected {
-            let reason = "more pages than the round announced";
-            return Err(ProtocolError::invalid(Kind::Pages, reason).into());
+    fn marks(&mut self, book: &Book, lanes: usize, round: u32) -> Result<Counts, MigrationError> {
+        loop {
+            match book.marks(lanes, round, Instant::now() + TICK) {
+                Ok(Some(counts)) => return Ok(counts),
+                Ok(None) => self.tick()?,
+                Err(error) => return Err(self.last_words(error)),
+            }
+            if self.wire.is_stopped() {
+                let peer = self.wire.peer().to_owned();
+                return Err(TransportError::Stopped { peer }.into());
+            }
         }
-        if self.stage == Stage::Copying && stored >= round.told + PROGRESS_PAGES {
-            round.told = stored;
-            self.tell(&round, false)?;
-        }
-        self.round = Some(round);
-        Ok(())
     }
 
-    fn tell(&mut self, round: &Round, complete: bool) -> Result<(), MigrationError> {
+    fn tell(
+        &mut self,
+        round: u32,
+        counts: Counts,
+        complete: Complete,
+    ) -> Result<(), MigrationError> {
+        self.told = self.lanes.book().pages();
         let stored = Stored {
-            round: round.number,
-            pages: round.pages,
-            zero_pages: round.zero_pages,
-            complete,
+            round,
+            pages: counts.pages,
+            zero_pages: counts.zero_pages,
+            same_pages: counts.same_pages,
+            complete: complete == Complete::Yes,
+            all_content_pages: self.told,
         };
         let patience = self.patience();
         self.wire.send(&Message::Stored(stored), patience)
@@ -304,7 +343,7 @@ impl<'a, M: DestinationMachine> Session<'a, M> {
         self.machine.restore(body.states)?;
         self.restore = begun.elapsed();
         log.harvest(&mut changed);
-        self.store.note_written(&changed);
+        self.inventory.note_written(&changed);
         self.stage = Stage::Prepared(body.attempt);
         let prepared = Prepared {
             attempt: body.attempt,
@@ -318,7 +357,7 @@ impl<'a, M: DestinationMachine> Session<'a, M> {
 
     /// `Commit` came. From the ledger's word on the guest is owned here.
     fn take_over(mut self) -> Result<(M, DestinationReport), MigrationError> {
-        if !self.ledger.commit(self.token) {
+        if !self.host.ledger.commit(self.token) {
             return Err(MigrationError::Refused {
                 reason: "the source took it back before the commit arrived".to_owned(),
             });
@@ -329,16 +368,17 @@ impl<'a, M: DestinationMachine> Session<'a, M> {
             restore_ms: self.restore.as_secs_f64() * 1e3,
             start_ms: begun.elapsed().as_secs_f64() * 1e3,
             blackout_ms: self.announced.elapsed().as_secs_f64() * 1e3,
-            cpu_seconds: pages::thread_cpu_seconds() - self.cpu_at_start,
+            cpu_seconds: pages::thread_cpu_seconds() - self.cpu_at_start
+                + self.lanes.book().cpu_seconds(),
         };
         let running = Running {
             restore_us: self.restore.as_micros() as u64,
             start_us: (report.start_ms * 1e3) as u64,
             blackout_us: (report.blackout_ms * 1e3) as u64,
             cpu_us: (report.cpu_seconds * 1e6) as u64,
-            hash: self.store.hash(),
+            hash: self.inventory.hash(),
         };
-        self.ledger.running(self.token, running.clone());
+        self.host.ledger.running(self.token, running.clone());
         let patience = self.patience();
         self.wire.set_stops(Vec::new());
         if let Err(error) = self.wire.send(&Message::Running(running), patience) {
@@ -349,8 +389,40 @@ impl<'a, M: DestinationMachine> Session<'a, M> {
     }
 
     fn patience(&self) -> Patience {
-        Patience::Idle(self.options.idle_timeout)
+        Patience::Idle(self.host.options.idle_timeout)
     }
+}
+
+/// Is all of a round there?
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Complete {
+    Yes,
+    NotYet,
+}
+
+/// What a configuration asks for, when that can be had.
+fn check(
+    configuration: &Configuration,
+    options: &DestinationOptions,
+) -> Result<Verification, MigrationError> {
+    let verification = match configuration.verification {
+        0 => Verification::Off,
+        1 => Verification::AfterHandOver,
+        2 => Verification::BeforeHandOver,
+        _ => {
+            let kind = Kind::Configuration;
+            return Err(ProtocolError::invalid(kind, "unknown verification").into());
+        }
+    };
+    if configuration.ram_bytes > options.max_ram {
+        return Err(MigrationError::Refused {
+            reason: format!(
+                "it has {} bytes of RAM, at most {} are accepted",
+                configuration.ram_bytes, options.max_ram
+            ),
+        });
+    }
+    Ok(verification)
 }
 
 /// Has the machine that was built the RAM that the source's guest has?

@@ -102,6 +102,7 @@ impl Front<'_> {
             ram_bytes,
             regions: regions_of(self.memory),
             verification: 0,
+            ..Configuration::default()
         }))?;
         frames.message(&Message::States(States {
             attempt: 1,

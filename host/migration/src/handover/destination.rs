@@ -139,7 +139,10 @@ impl<'a, M: DestinationMachine> Session<'a, M> {
         let descriptors = Descriptors::pair(Kind::Descriptors, names, wire.take_descriptors())?;
         let machine = build_machine(&configuration, descriptors, build)?;
         let incarnation = host.ledger.incarnation().as_bytes().to_vec();
-        let ready = Ready { incarnation };
+        let ready = Ready {
+            incarnation,
+            ..Ready::default()
+        };
         wire.send(&Message::Ready(ready), patience)?;
         Ok(Self {
             wire,

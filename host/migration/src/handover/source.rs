@@ -17,7 +17,7 @@ use crate::protocol::message::{
 use crate::protocol::{Kind, Message, Preamble, ProtocolError, Purpose, Token};
 use crate::report::{DestinationReport, Outcome, SwitchOverReport};
 use crate::source::Verdict;
-use crate::source::attempt::regions_of;
+use crate::source::opening::regions_of;
 use crate::transport::{Connector, TransportError};
 use crate::wire::{Patience, Wire};
 
@@ -145,11 +145,7 @@ fn greet(
     let mut wire = Wire::new(connector.connect(deadline)?);
     wire.set_stops(vec![cancel.clone()]);
     let patience = Patience::Until(deadline);
-    let preamble = Preamble {
-        purpose: Purpose::HandOver,
-        token,
-        body_length: 0,
-    };
+    let preamble = Preamble::connection(Purpose::HandOver, token);
     wire.send_preamble(&preamble, patience)?;
     if wire.receive_preamble(patience)? != preamble {
         let reason = "it does not belong to this session";
@@ -160,7 +156,7 @@ fn greet(
         machine: machine.configuration(),
         ram_bytes: memory.size(),
         regions: regions_of(memory),
-        verification: 0,
+        ..Configuration::default()
     };
     wire.send(&Message::Configuration(configuration), patience)?;
     let (names, descriptors) = copies(machine)?.into_parts();

@@ -58,8 +58,7 @@ kinds! {
     Configuration = 1, Ready = 2, RoundBegin = 3, Pages = 4, ZeroPages = 5, RoundEnd = 6,
     Stored = 7, SwitchOver = 8, States = 9, Prepared = 10, Back = 11, Commit = 12, Running = 13,
     Settled = 14, Abort = 15, KeepAlive = 16, WhoOwns = 17, Ownership = 18, FileHeader = 19,
-    End = 20, Descriptors = 40, Leftovers = 41,
-    PageTable = 45,
+    End = 20, Lanes = 21, Descriptors = 40, Leftovers = 41, PageTable = 45,
 }
 
 impl Kind {

@@ -34,6 +34,9 @@ pub struct Configuration {
     /// 0: no hashes; 1: compared after the hand-over; 2: compared before it.
     #[prost(uint32, tag = "4")]
     pub verification: u32,
+    /// Page lanes that the source would open, at most.
+    #[prost(uint32, tag = "5")]
+    pub lanes: u32,
 }
 
 /// The machine is built and empty.
@@ -42,6 +45,17 @@ pub struct Ready {
     /// Names the destination process: 16 bytes, new at each start.
     #[prost(bytes = "vec", tag = "1")]
     pub incarnation: Vec<u8>,
+    /// Page lanes that it takes.
+    #[prost(uint32, tag = "2")]
+    pub lanes: u32,
+}
+
+/// The page lanes are open.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Lanes {
+    /// How many: numbers 0 to one less.
+    #[prost(uint32, tag = "1")]
+    pub count: u32,
 }
 
 /// A round begins.
@@ -55,7 +69,7 @@ pub struct RoundBegin {
     pub pages: u64,
 }
 
-/// A round was sent as a whole.
+/// A round was sent, as a whole or as far as its deadline allowed.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct RoundEnd {
     /// Number of the round.
@@ -67,6 +81,12 @@ pub struct RoundEnd {
     /// Pages of zeros.
     #[prost(uint64, tag = "3")]
     pub zero_pages: u64,
+    /// Pages that the destination has already as they are.
+    #[prost(uint64, tag = "4")]
+    pub same_pages: u64,
+    /// Lanes that took part, from number 0 on; zero in a file.
+    #[prost(uint32, tag = "5")]
+    pub lanes: u32,
 }
 
 /// What the destination has in its RAM.
@@ -84,6 +104,12 @@ pub struct Stored {
     /// Is the round complete?
     #[prost(bool, tag = "4")]
     pub complete: bool,
+    /// Pages of this round that were there already.
+    #[prost(uint64, tag = "5")]
+    pub same_pages: u64,
+    /// Pages with content that have come since the session began.
+    #[prost(uint64, tag = "6")]
+    pub all_content_pages: u64,
 }
 
 /// Names one switch-over: `SwitchOver`, `Back` and `Commit`.
@@ -286,6 +312,7 @@ pub enum Message {
     Ownership(Ownership),
     FileHeader(FileHeader),
     End(End),
+    Lanes(Lanes),
     Descriptors(Descriptors),
     Leftovers(Leftovers),
 }
@@ -312,6 +339,7 @@ impl Message {
             Self::Ownership(_) => Kind::Ownership,
             Self::FileHeader(_) => Kind::FileHeader,
             Self::End(_) => Kind::End,
+            Self::Lanes(_) => Kind::Lanes,
             Self::Descriptors(_) => Kind::Descriptors,
             Self::Leftovers(_) => Kind::Leftovers,
         }
@@ -336,6 +364,7 @@ impl Message {
             Self::Ownership(body) => body.encode_to_vec(),
             Self::FileHeader(body) => body.encode_to_vec(),
             Self::End(body) => body.encode_to_vec(),
+            Self::Lanes(body) => body.encode_to_vec(),
             Self::Descriptors(body) => body.encode_to_vec(),
             Self::Leftovers(body) => body.encode_to_vec(),
         }
@@ -372,6 +401,7 @@ impl Message {
             Kind::Ownership => Self::Ownership(body_of(kind, body)?),
             Kind::FileHeader => Self::FileHeader(body_of(kind, body)?),
             Kind::End => Self::End(body_of(kind, body)?),
+            Kind::Lanes => Self::Lanes(body_of(kind, body)?),
             Kind::Descriptors => Self::Descriptors(body_of(kind, body)?),
             Kind::Leftovers => Self::Leftovers(body_of(kind, body)?),
             Kind::Pages | Kind::ZeroPages | Kind::PageTable => {

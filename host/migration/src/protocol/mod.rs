@@ -8,13 +8,13 @@
 //!
 //! | kind | message | from | when | body |
 //! |---:|---|---|---|---|
-//! | 1 | Configuration | source | first | machine configuration, RAM size and regions, verification |
-//! | 2 | Ready | destination | answer to 1 | who answers (incarnation) |
+//! | 1 | Configuration | source | first | machine configuration, RAM size and regions, verification, page lanes wanted |
+//! | 2 | Ready | destination | answer to 1 | who answers (incarnation), page lanes taken |
 //! | 3 | RoundBegin | source | copying, switching | round number, pages to come |
-//! | 4 | Pages | source | within a round | runs of page indices, then the pages ([`runs`]) |
-//! | 5 | ZeroPages | source | within a round | runs of page indices |
-//! | 6 | RoundEnd | source | within a round | number of pages and zero pages sent |
-//! | 7 | Stored | destination | within a round, and answer to 6 while copying | what is stored so far |
+//! | 4 | Pages | file, version 1 | within a round | runs of page indices, then the pages ([`runs`]) |
+//! | 5 | ZeroPages | file, version 1 | within a round | runs of page indices |
+//! | 6 | RoundEnd | source | within a round | pages sent of each sort, lanes that took part |
+//! | 7 | Stored | destination | within a round, and answer to 6 | what is stored so far |
 //! | 8 | SwitchOver | source | copying | number of the switch-over; the guest is about to pause |
 //! | 9 | States | source | switching, after the round | saved states, hash of RAM |
 //! | 10 | Prepared | destination | answer to 9 | time to restore, hash of RAM |
@@ -28,6 +28,7 @@
 //! | 18 | Ownership | destination | answer to 17 | running, starting, relinquished, unknown |
 //! | 19 | FileHeader | file | first | what `inspect` shows |
 //! | 20 | End | file | last | how many frames came before |
+//! | 21 | Lanes | source | after 2 | how many page lanes are open |
 //! | 40 | Descriptors | source | hand-over, after 1 | names of the descriptors that come with it |
 //! | 41 | Leftovers | source | hand-over, after 13 | what the machine can have later |
 //! | 45 | PageTable | file | behind the pages | where in the file which pages are, and their checksums |
@@ -40,10 +41,14 @@
 //!   │ ◀─────────────────────────── preamble │
 //!   │ Configuration ──────────────────────▶ │ builds the machine
 //!   │ ◀────────────────────────────── Ready │
-//!   │ RoundBegin, Pages…, RoundEnd ───────▶ │ stores
+//!   │ (connects page lanes) Lanes ────────▶ │
+//!   │ RoundBegin, RoundEnd ───────────────▶ │ waits for the lanes' marks
+//!   │ ═ page lanes: pages…, mark ═════════▶ │ stores
 //!   │ ◀───────────────────────────── Stored │      … again, until what remains fits the limit
 //!   │ SwitchOver ─────────────────────────▶ │
 //!   │ (pauses) RoundBegin … RoundEnd ─────▶ │
+//!   │ ═ page lanes: pages…, mark ═════════▶ │ stores
+//!   │ ◀───────────────────────────── Stored │
 //!   │ States ─────────────────────────────▶ │ restores
 //!   │ ◀─────────────────────────── Prepared │
 //!   │ Commit ─────────────────────────────▶ │ owns the guest, starts it
@@ -54,10 +59,16 @@
 //! A hand-over to another process of the same host ([`crate::handover`]) is the same without
 //! pages: `Descriptors` brings the guest's RAM, and `Leftovers` comes before `Settled`.
 //!
+//! Pages travel on connections of their own, the page lanes ([`lane`]). Nothing is ordered between
+//! lanes, nor between a lane and the control connection. So a round is a barrier: the next one
+//! begins when the destination has said `Stored` with all pages of the last, and nothing is restored
+//! while lanes write.
+//!
 //! The two state machines are drawn beside their enums, [`crate::source::Phase`] and
 //! [`crate::destination::Stage`]; who owns the guest when, in [`crate::ownership`].
 
 pub mod frame;
+pub mod lane;
 pub mod message;
 pub mod preamble;
 pub mod runs;

@@ -4,12 +4,13 @@
 //! |---|---|
 //! | 0..8 | magic, `"DUNLIN\x1aM"` |
 //! | 8..10 | protocol version |
-//! | 10..12 | purpose: 1 move, 2 inquiry, 3 file, 6 hand-over |
+//! | 10..12 | purpose: 1 move, 2 inquiry, 3 file, 4 page lane, 6 hand-over |
 //! | 12..16 | length of the preamble itself: 64 |
 //! | 16..24 | features that the reader must have |
 //! | 24..40 | session token |
 //! | 40..48 | bytes that follow, for a file; 0 on a connection |
-//! | 48..60 | reserved, zero |
+//! | 48..50 | number of a page lane; 0 otherwise |
+//! | 50..60 | reserved, zero |
 //! | 60..64 | CRC-32 of bytes 0..60 |
 //!
 //! Numbers are little-endian. Magic and version keep their place in every version to come.
@@ -19,7 +20,7 @@ use std::fmt;
 use super::ProtocolError;
 
 /// The version of the protocol and the file format that this build speaks.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// Bytes in a preamble.
 pub const LENGTH: usize = 64;
@@ -82,6 +83,8 @@ pub enum Purpose {
     Inquiry,
     /// A guest at rest.
     File,
+    /// One more connection of a session, which carries pages.
+    Lane,
     /// A guest passes to another process of the same host.
     HandOver,
 }
@@ -95,9 +98,21 @@ pub struct Preamble {
     pub token: Token,
     /// Bytes that follow, in a file; zero on a connection.
     pub body_length: u64,
+    /// Number of a page lane; zero otherwise.
+    pub lane: u16,
 }
 
 impl Preamble {
+    /// The preamble of a connection.
+    pub fn connection(purpose: Purpose, token: Token) -> Self {
+        Self {
+            purpose,
+            token,
+            body_length: 0,
+            lane: 0,
+        }
+    }
+
     /// The preamble as it travels.
     pub fn encode(&self) -> [u8; LENGTH] {
         let mut bytes = [0u8; LENGTH];
@@ -105,6 +120,7 @@ impl Preamble {
             Purpose::Move => 1,
             Purpose::Inquiry => 2,
             Purpose::File => 3,
+            Purpose::Lane => 4,
             Purpose::HandOver => 6,
         };
         bytes[..8].copy_from_slice(&MAGIC);
@@ -114,6 +130,7 @@ impl Preamble {
         bytes[16..24].copy_from_slice(&FEATURES.to_le_bytes());
         bytes[24..40].copy_from_slice(self.token.as_bytes());
         bytes[40..48].copy_from_slice(&self.body_length.to_le_bytes());
+        bytes[48..50].copy_from_slice(&self.lane.to_le_bytes());
         let crc = crc32fast::hash(&bytes[..60]);
         bytes[60..].copy_from_slice(&crc.to_le_bytes());
         bytes
@@ -152,6 +169,7 @@ impl Preamble {
             1 => Purpose::Move,
             2 => Purpose::Inquiry,
             3 => Purpose::File,
+            4 => Purpose::Lane,
             6 => Purpose::HandOver,
             _ => return damaged("its purpose is unknown"),
         };
@@ -161,6 +179,7 @@ impl Preamble {
             purpose,
             token: Token(token),
             body_length: u64_at(bytes, 40),
+            lane: u16::from_le_bytes([bytes[48], bytes[49]]),
         })
     }
 }
@@ -181,6 +200,7 @@ mod tests {
             purpose: Purpose::Inquiry,
             token: Token::from_bytes([7; 16]),
             body_length: 9,
+            lane: 3,
         }
     }
 

@@ -1,26 +1,29 @@
 //! One attempt to move a guest: from the connection until the last round of copying.
 
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use dunlin_guest::{Memory, PageIndex, PageSet};
 
+use super::copying::Round;
 use super::hand_over::Switched;
-use super::policy::{Decision, GiveUp, Observation, Policy, RoundMeasure};
-use super::round::Batch;
+use super::lanes::{Lanes, Surroundings};
+use super::packing::BATCH_PAGES;
+use super::policy::{Decision, GiveUp, Observation, Policy};
+use super::sent::Sent;
 use super::throttle::Throttle;
-use super::{End, Phase};
+use super::{End, Phase, opening};
 use crate::error::MigrationError;
 use crate::machine::{Slowdown, SourceMachine};
-use crate::options::{CancelToken, MigrationOptions, Progress, Step, Verification};
+use crate::options::{CancelToken, MigrationOptions, Progress, Step};
 use crate::ownership::Doubt;
-use crate::protocol::message::{Configuration, KeepAlive, Prepared, Region};
-use crate::protocol::{Message, Preamble, ProtocolError, Purpose, Token};
-use crate::report::{MigrationReport, RoundKind, RoundReport};
+use crate::protocol::lane::Counts;
+use crate::protocol::message::{KeepAlive, Prepared};
+use crate::protocol::{Message, ProtocolError};
+use crate::report::MigrationReport;
 use crate::transport::Connector;
 use crate::wire::{Patience, Wire};
 
-/// Most pages in a batch without a bandwidth limit.
-const BATCH_PAGES: usize = 128;
 /// Time between two calls of the progress callback within a round.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(50);
 /// Round trips measured before copying; each round measures one more.
@@ -35,8 +38,9 @@ pub(super) struct Attempt<'o, 'p> {
     pub(super) wire: Wire,
     pub(super) doubt: Doubt,
     pub(super) memory: Memory,
-    pub(super) batch: Batch,
-    pub(super) throttle: Throttle,
+    pub(super) lanes: Lanes,
+    /// What the destination has of pages that were sent again.
+    pub(super) sent: Option<Arc<Sent>>,
     pub(super) policy: Policy,
     pub(super) phase: Phase,
     /// Is the guest stopped?
@@ -49,14 +53,31 @@ pub(super) struct Attempt<'o, 'p> {
     /// Number of the last switch-over.
     pub(super) switch_over: u32,
     /// Live rounds that were confirmed, and bytes of pages a second in the last one.
-    rounds: u32,
-    goodput: f64,
+    pub(super) rounds: u32,
+    pub(super) goodput: f64,
     slowdown: Slowdown,
     pings: u64,
     /// The last live round: what is harvested since then was dirtied since then.
-    round_begun: Instant,
+    pub(super) round_begun: Instant,
+    /// The round that was begun and not confirmed.
+    pub(super) open_round: Option<u32>,
+    /// A round of a switch-over that its deadline cut: the destination was not told its end.
+    pub(super) cut_round: Option<Round>,
+    /// The destination was sent states, and has not said yet that it has restored them.
+    pub(super) restoring: bool,
+    /// The destination's last word on how many pages it has.
+    pub(super) confirmed: Confirmed,
     pub(super) started: Instant,
     pub(super) report: MigrationReport,
+}
+
+/// What the destination has said about the pages that came.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Confirmed {
+    /// Pages with content, since the session began.
+    pub(super) content_pages: u64,
+    /// When it said so.
+    pub(super) at: Instant,
 }
 
 /// What an attempt starts from.
@@ -77,10 +98,27 @@ impl<'o, 'p> Attempt<'o, 'p> {
     ) -> Result<Self, (MigrationError, Box<MigrationReport>)> {
         let options = start.options;
         let cancel = start.cancel.clone();
-        match greet(options, &cancel, machine, connector) {
-            Ok((wire, doubt)) => {
-                let memory = machine.memory().clone();
-                let throttle = Throttle::new(options.bandwidth_limit);
+        let throttle = Throttle::new(options.bandwidth_limit);
+        let memory = machine.memory().clone();
+        let surroundings = Surroundings {
+            memory: memory.clone(),
+            cancel: cancel.clone(),
+            batch_pages: throttle.batch_pages(BATCH_PAGES),
+            throttle: Arc::new(Mutex::new(throttle)),
+            compression: options.compression,
+            idle: options.idle_timeout,
+        };
+        let opened = opening::open(options, &cancel, machine, connector).and_then(|opened| {
+            let lanes = Lanes::start(opened.lanes, &surroundings)?;
+            Ok((opened.wire, opened.doubt, lanes))
+        });
+        match opened {
+            Ok((wire, doubt, mut lanes)) => {
+                if options.streams.is_none() {
+                    lanes.use_lanes(1);
+                }
+                let mut report = start.report;
+                report.streams = lanes.active() as u16;
                 Ok(Self {
                     options,
                     cancel,
@@ -88,8 +126,8 @@ impl<'o, 'p> Attempt<'o, 'p> {
                     last_progress: None,
                     wire,
                     doubt,
-                    batch: Batch::new(throttle.batch_pages(BATCH_PAGES)),
-                    throttle,
+                    lanes,
+                    sent: None,
                     policy: Policy::new(options),
                     phase: Phase::Copying,
                     paused: false,
@@ -103,8 +141,15 @@ impl<'o, 'p> Attempt<'o, 'p> {
                     slowdown: Slowdown::NONE,
                     pings: 0,
                     round_begun: Instant::now(),
+                    open_round: None,
+                    cut_round: None,
+                    restoring: false,
+                    confirmed: Confirmed {
+                        content_pages: 0,
+                        at: Instant::now(),
+                    },
                     started: start.started,
-                    report: start.report,
+                    report,
                 })
             }
             Err(error) => Err((error, Box::new(start.report))),
@@ -205,71 +250,6 @@ impl<'o, 'p> Attempt<'o, 'p> {
         Ok(())
     }
 
-    /// One round while the guest runs: sends what is pending and waits until it is stored.
-    fn live_round(&mut self) -> Result<(), MigrationError> {
-        let patience = Patience::Idle(self.options.idle_timeout);
-        let number = self.next_round;
-        let set = self.take_pending();
-        self.next_round += 1;
-        self.tell(Step::Copying, number, 0, set.len());
-        let begun = Instant::now();
-        self.round_begun = begun;
-        let bytes_before = self.wire.bytes_sent();
-        let counts = self.send_pages(number, &set, patience)?;
-        loop {
-            match self.wire.receive(patience)? {
-                Message::Stored(stored) if stored.complete && stored.round == number => {
-                    if stored.pages == counts.pages && stored.zero_pages == counts.zero_pages {
-                        break;
-                    }
-                    return Err(ProtocolError::invalid(
-                        crate::protocol::Kind::Stored,
-                        "it confirms other numbers than were sent",
-                    )
-                    .into());
-                }
-                message => self.hear(message)?,
-            }
-        }
-        self.unconfirmed.clear();
-        let duration = begun.elapsed();
-        let bytes = self.wire.bytes_sent() - bytes_before;
-        self.rounds += 1;
-        let all = ((counts.pages + counts.zero_pages) * dunlin_guest::PAGE_SIZE) as f64;
-        self.goodput = all / duration.as_secs_f64().max(1e-6);
-        self.policy.round(&RoundMeasure {
-            number,
-            pages: counts.pages,
-            light_pages: counts.zero_pages,
-            bytes,
-            duration,
-        });
-        self.report.rounds.push(RoundReport {
-            round: number,
-            kind: RoundKind::Live,
-            pages: counts.pages,
-            zero_pages: counts.zero_pages,
-            bytes,
-            start_ms: ms(begun - self.started),
-            duration_ms: ms(duration),
-            goodput: bytes as f64 / duration.as_secs_f64().max(1e-6),
-            dirtied_pages: 0,
-            dirty_rate: 0.0,
-        });
-        self.report.pages += counts.pages;
-        self.report.zero_pages += counts.zero_pages;
-        self.tell(Step::Copying, number, set.len(), set.len());
-        self.ping()
-    }
-
-    /// Takes the pending pages for sending; they are unconfirmed from now on.
-    pub(super) fn take_pending(&mut self) -> PageSet {
-        let empty = PageSet::new(self.memory.pages());
-        let set = std::mem::replace(&mut self.pending, empty);
-        self.unconfirmed.union(&set);
-        set
-    }
-
     /// Hears what the destination has said so far, without waiting.
     pub(super) fn hear_words(&mut self) -> Result<(), MigrationError> {
         while let Some(message) = self.wire.try_receive()? {
@@ -285,9 +265,24 @@ impl<'o, 'p> Attempt<'o, 'p> {
                 let patience = Patience::Idle(self.options.idle_timeout);
                 self.wire.echo(&body, patience)
             }
-            Message::Stored(stored) if stored.round < self.next_round => Ok(()),
+            Message::Stored(stored) if stored.round < self.next_round => {
+                self.confirmed = Confirmed {
+                    content_pages: stored.all_content_pages,
+                    at: Instant::now(),
+                };
+                if !stored.complete {
+                    return Ok(());
+                }
+                let counts = Counts {
+                    pages: stored.pages,
+                    zero_pages: stored.zero_pages,
+                    same_pages: stored.same_pages,
+                };
+                self.close_round(stored.round, counts)
+            }
             // The answer to a switch-over that was taken back meanwhile.
             Message::Prepared(body) if body.attempt <= self.switch_over => {
+                self.restoring = false;
                 self.send_again(&body);
                 Ok(())
             }
@@ -307,12 +302,15 @@ impl<'o, 'p> Attempt<'o, 'p> {
         for &page in &prepared.changed_pages {
             if page < self.memory.pages() {
                 self.pending.insert(PageIndex(page));
+                if let Some(sent) = &self.sent {
+                    sent.forget(PageIndex(page));
+                }
             }
         }
     }
 
     /// Sends a sign of life there and back.
-    fn ping(&mut self) -> Result<(), MigrationError> {
+    pub(super) fn ping(&mut self) -> Result<(), MigrationError> {
         let patience = Patience::Idle(self.options.idle_timeout);
         let number = self.pings;
         self.pings += 1;
@@ -330,6 +328,7 @@ impl<'o, 'p> Attempt<'o, 'p> {
     }
 
     pub(super) fn tell(&mut self, step: Step, round: u32, pages_done: u64, pages_total: u64) {
+        let bytes_sent = self.bytes_sent();
         let Some(callback) = &mut self.progress else {
             return;
         };
@@ -347,8 +346,13 @@ impl<'o, 'p> Attempt<'o, 'p> {
             round,
             pages_done,
             pages_total,
-            bytes_sent: self.wire.bytes_sent(),
+            bytes_sent,
         });
+    }
+
+    /// Bytes on all connections.
+    pub(super) fn bytes_sent(&self) -> u64 {
+        self.wire.bytes_sent() + self.lanes.bytes_sent()
     }
 
     /// Puts everything that was harvested and not confirmed back into the dirty log.
@@ -356,78 +360,6 @@ impl<'o, 'p> Attempt<'o, 'p> {
         self.memory.dirty_log().mark_all(&self.pending);
         self.memory.dirty_log().mark_all(&self.unconfirmed);
     }
-}
-
-fn greet(
-    options: &MigrationOptions,
-    cancel: &CancelToken,
-    machine: &dyn SourceMachine,
-    connector: &mut dyn Connector,
-) -> Result<(Wire, Doubt), MigrationError> {
-    let token = Token::random().map_err(|source| MigrationError::Host {
-        what: "random numbers",
-        source,
-    })?;
-    let deadline = Instant::now() + options.connect_timeout;
-    let mut wire = Wire::new(connector.connect(deadline)?);
-    wire.set_stops(vec![cancel.clone()]);
-    let patience = Patience::Until(deadline);
-    let preamble = Preamble {
-        purpose: Purpose::Move,
-        token,
-        body_length: 0,
-    };
-    wire.send_preamble(&preamble, patience)?;
-    let answer = wire.receive_preamble(patience)?;
-    if answer != preamble {
-        let reason = "it does not belong to this session";
-        return Err(ProtocolError::Preamble { reason }.into());
-    }
-    let memory = machine.memory();
-    let configuration = Configuration {
-        machine: machine.configuration(),
-        ram_bytes: memory.size(),
-        regions: regions_of(memory),
-        verification: match options.verification {
-            Verification::Off => 0,
-            Verification::AfterHandOver => 1,
-            Verification::BeforeHandOver => 2,
-        },
-    };
-    wire.send(&Message::Configuration(configuration), patience)?;
-    match wire.receive(patience)? {
-        Message::Ready(ready) => {
-            let incarnation = <[u8; 16]>::try_from(ready.incarnation.as_slice());
-            let incarnation = incarnation.map_err(|_wrong_length| {
-                ProtocolError::invalid(crate::protocol::Kind::Ready, "incarnation is not 16 bytes")
-            })?;
-            let doubt = Doubt {
-                token,
-                incarnation: Token::from_bytes(incarnation),
-            };
-            Ok((wire, doubt))
-        }
-        Message::Abort(body) => Err(MigrationError::Peer {
-            reason: body.reason,
-        }),
-        other => Err(ProtocolError::Unexpected {
-            kind: other.kind(),
-            state: Phase::Connecting.name(),
-        }
-        .into()),
-    }
-}
-
-/// Where RAM lies, as it travels.
-pub(crate) fn regions_of(memory: &Memory) -> Vec<Region> {
-    memory
-        .regions()
-        .map(|region| Region {
-            start: region.start,
-            size: region.size,
-            offset: region.offset,
-        })
-        .collect()
 }
 
 pub(super) fn ms(duration: Duration) -> f64 {

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::attempt::{Attempt, ms};
 use super::inquiry::{self, Verdict};
+use super::lanes::Finished;
 use super::policy::{Overheads, Pause};
 use super::{End, Phase};
 use crate::error::MigrationError;
@@ -12,7 +13,7 @@ use crate::options::{Step, Verification};
 use crate::pages;
 use crate::protocol::Message;
 use crate::protocol::message::{Attempt as Number, Prepared, Running, States};
-use crate::report::{DestinationReport, RoundKind, RoundReport, SwitchOverReport};
+use crate::report::{DestinationReport, RoundKind, SwitchOverReport};
 use crate::transport::{Connector, TransportError};
 use crate::wire::Patience;
 
@@ -102,9 +103,14 @@ impl Attempt<'_, '_> {
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
             return Ok(Pass::Missed);
         }
-        let sent = self
-            .final_round(patience)
-            .and_then(|()| self.wire.send(&body, patience));
+        match self.final_round(deadline, patience) {
+            Ok(Finished::Yes) => {}
+            Ok(Finished::NotYet) => return Ok(Pass::Missed),
+            failed if missed(&failed, deadline) => return Ok(Pass::Missed),
+            Err(error) => return Err(error),
+        }
+        self.restoring = true;
+        let sent = self.wire.send(&body, patience);
         if missed(&sent, deadline) {
             return Ok(Pass::Missed);
         }
@@ -140,38 +146,31 @@ impl Attempt<'_, '_> {
         Ok(Pass::Prepared(prepared))
     }
 
-    fn final_round(&mut self, patience: Patience) -> Result<(), MigrationError> {
-        let set = self.take_pending();
-        let number = self.next_round;
-        self.next_round += 1;
-        let begun = Instant::now();
-        let bytes_before = self.wire.bytes_sent();
-        self.report.rounds.push(RoundReport {
-            round: number,
-            kind: RoundKind::TakenBack,
-            pages: set.len(),
-            zero_pages: 0,
-            bytes: 0,
-            start_ms: ms(begun - self.started),
-            duration_ms: 0.0,
-            goodput: 0.0,
-            dirtied_pages: 0,
-            dirty_rate: 0.0,
-        });
-        let sent = self.send_pages(number, &set, patience);
-        let bytes = self.wire.bytes_sent() - bytes_before;
-        if let Some(round) = self.report.rounds.last_mut() {
-            round.bytes = bytes;
-            round.duration_ms = ms(begun.elapsed());
+    /// Sends what is pending while the guest is paused.
+    fn final_round(
+        &mut self,
+        deadline: Option<Instant>,
+        patience: Patience,
+    ) -> Result<Finished, MigrationError> {
+        let round = self.begin_round(deadline, patience)?;
+        let followed = self.follow(&round, deadline);
+        let mut report = self.round_report(&round, RoundKind::TakenBack);
+        report.pages = round.work.pages.len();
+        self.report.rounds.push(report);
+        let finished = followed?;
+        let counts = self.lanes.counts();
+        if finished == Finished::NotYet || counts.total() < round.work.pages.len() {
+            round.work.stop();
+            self.cut_round = Some(round);
+            return Ok(Finished::NotYet);
         }
-        let counts = sent?;
-        self.report.pages += counts.pages;
-        self.report.zero_pages += counts.zero_pages;
-        if let Some(round) = self.report.rounds.last_mut() {
-            round.pages = counts.pages;
-            round.zero_pages = counts.zero_pages;
+        self.count(counts);
+        let kept = self.round_report(&round, RoundKind::TakenBack);
+        if let Some(last) = self.report.rounds.last_mut() {
+            *last = kept;
         }
-        Ok(())
+        self.end_round(&round, patience)?;
+        Ok(Finished::Yes)
     }
 
     /// `Prepared` says that the last round is stored, too.
@@ -193,6 +192,7 @@ impl Attempt<'_, '_> {
         loop {
             match self.wire.receive(patience)? {
                 Message::Prepared(body) if body.attempt == self.switch_over => {
+                    self.restoring = false;
                     // Counts if the switch-over is taken back after all.
                     self.send_again(&body);
                     return Ok(body);
@@ -227,12 +227,27 @@ impl Attempt<'_, '_> {
         });
         self.pending.union(&self.unconfirmed);
         self.unconfirmed.clear();
+        self.tell(Step::Copying, self.next_round, 0, self.pending.len());
         let patience = Patience::Idle(self.options.idle_timeout);
         self.wire.flush(patience)?;
+        if let Some(round) = self.cut_round.take() {
+            // What the lanes have begun to send arrives all the same, and before anything newer.
+            self.follow(&round, None)?;
+            self.end_round(&round, patience)?;
+        }
         let number = Number {
             attempt: self.switch_over,
         };
-        self.wire.send(&Message::Back(number), patience)
+        self.wire.send(&Message::Back(number), patience)?;
+        if let Some(open) = self.open_round {
+            self.confirm(open)?;
+        }
+        // Lanes must not write under a machine that is being restored, be it in vain.
+        while self.restoring {
+            let message = self.wire.receive(patience)?;
+            self.hear(message)?;
+        }
+        Ok(())
     }
 
     /// Gives the guest up, and finds out what became of it.

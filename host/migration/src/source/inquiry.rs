@@ -57,11 +57,7 @@ fn ask(connector: &mut dyn Connector, doubt: &Doubt) -> Result<(Answer, Running)
     let deadline = Instant::now() + QUESTION;
     let patience = Patience::Until(deadline);
     let mut wire = Wire::new(connector.connect(deadline)?);
-    let preamble = Preamble {
-        purpose: Purpose::Inquiry,
-        token: doubt.token,
-        body_length: 0,
-    };
+    let preamble = Preamble::connection(Purpose::Inquiry, doubt.token);
     wire.send_preamble(&preamble, patience)?;
     if wire.receive_preamble(patience)? != preamble {
         let reason = "it does not belong to this session";

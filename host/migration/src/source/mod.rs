@@ -1,11 +1,17 @@
 //! The side that has the guest.
 
 pub(crate) mod attempt;
+mod copying;
 mod hand_over;
 mod inquiry;
+mod lanes;
+pub(crate) mod opening;
+mod packing;
 mod policy;
-pub(crate) mod round;
+mod sent;
+mod squeeze;
 mod throttle;
+mod tuning;
 
 use std::time::Instant;
 
@@ -141,9 +147,12 @@ impl<'a> Source<'a> {
             let guest = stay(&mut attempt, machine, &error);
             (error, guest)
         });
+        let bytes_sent = attempt.bytes_sent();
+        let lanes_cpu = attempt.lanes.cpu_seconds();
         let mut report = attempt.report;
-        report.bytes_sent = attempt.wire.bytes_sent();
+        report.bytes_sent = bytes_sent;
         finish(&mut report);
+        report.cpu_seconds += lanes_cpu;
         match result {
             Ok(End::Moved) => {
                 report.outcome = Outcome::Moved;

@@ -11,10 +11,23 @@ pub(super) use estimate::Overheads;
 
 use self::estimate::Estimate;
 use crate::machine::Slowdown;
-use crate::options::{MigrationOptions, NoConvergence};
+use crate::options::{MigrationOptions, Mode, NoConvergence};
 
-/// Rounds in which what remains may fail to shrink by a tenth.
+/// Rounds in which what remains may fail to shrink by a tenth before the guest is slowed down or
+/// its memory follows it.
+const STUCK_ROUNDS: u32 = 2;
+/// Rounds of that kind before nothing more is tried.
 const STALE_ROUNDS: u32 = 8;
+/// Rounds for a shorter pause alone.
+const POLISH_ROUNDS: u32 = 6;
+/// Copying during the pause that is not worth another round.
+const WORTH: Duration = Duration::from_micros(500);
+/// The most that a guest is slowed down when its memory could follow it instead.
+const BEARABLE: Slowdown = Slowdown::percent(20);
+/// The most that it is slowed down when there is no other way.
+const HARSH: Slowdown = Slowdown::percent(90);
+/// Share of the goodput that a guest may dirty for each round to be clearly smaller than the last.
+const SHRINK: f64 = 0.6;
 
 /// What is known when a decision is due.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -87,6 +100,16 @@ pub(super) enum GiveUp {
 }
 
 /// The decisions of one move, and what they rest on.
+///
+/// ```text
+///            fits, and another round would not shrink it much
+///  Round ──────────────────────────────────────────────────────────▶ SwitchOver
+///    │ what remains does not shrink any more
+///    ├── a slowdown that the guest can bear makes it shrink ────────▶ Throttle
+///    ├── else, when both sides can ─────────────────────────────────▶ PostCopy
+///    ├── else ──▶ Throttle, more and more
+///    └── nothing helped, or no time is left ────────────────────────▶ GiveUp, or a forced SwitchOver
+/// ```
 #[derive(Debug)]
 pub(super) struct Policy {
     options: MigrationOptions,
@@ -95,6 +118,10 @@ pub(super) struct Policy {
     best: u64,
     /// Rounds since then.
     stale: u32,
+    /// What remained at the last decision.
+    last: u64,
+    /// Rounds that were made although what remained fitted.
+    polish: u32,
 }
 
 impl Policy {
@@ -104,6 +131,8 @@ impl Policy {
             estimate: Estimate::new(),
             best: u64::MAX,
             stale: 0,
+            last: u64::MAX,
+            polish: 0,
         }
     }
 
@@ -126,6 +155,7 @@ impl Policy {
     /// A switch-over was taken back, which says nothing about convergence.
     pub(super) fn taken_back(&mut self) {
         self.stale = self.stale.saturating_sub(1);
+        self.polish = 0;
     }
 
     /// Time that has to be left when `Commit` is written, so that the guest runs in time.
@@ -140,30 +170,88 @@ impl Policy {
 
     /// What to do next.
     pub(super) fn decide(&mut self, now: &Observation) -> Decision {
-        let limit = self.options.downtime_limit;
         let given_up = now.rounds >= self.options.max_rounds
             || self.stale >= STALE_ROUNDS
             || now.switch_overs_aborted >= self.options.max_switch_overs;
-        let fits = now.rounds > 0 && self.estimate.fits(now.remaining_pages, limit);
         if self.options.timeout.is_some_and(|most| now.elapsed > most) {
             return Decision::GiveUp(GiveUp::TimedOut);
         }
-        if given_up && self.options.on_no_convergence == NoConvergence::Force {
-            return Decision::SwitchOver(Pause::Unlimited);
+        let may_follow = now.post_copy && self.options.mode != Mode::Pre;
+        if now.rounds > 0 && self.options.mode == Mode::Post && may_follow {
+            return Decision::PostCopy;
         }
         if given_up {
-            return Decision::GiveUp(GiveUp::DidNotConverge);
+            return self.give_up(may_follow);
         }
+        let before = std::mem::replace(&mut self.last, now.remaining_pages);
         if now.remaining_pages < self.best - self.best / 10 {
             self.best = now.remaining_pages;
             self.stale = 0;
         } else {
             self.stale += 1;
         }
-        if fits {
+        let limit = self.options.downtime_limit;
+        if now.rounds > 0 && self.estimate.fits(now.remaining_pages, limit) {
+            if self.is_worth_a_round(now, before) {
+                self.polish += 1;
+                return Decision::Round;
+            }
             return Decision::SwitchOver(Pause::Limited);
         }
+        if self.stale >= STUCK_ROUNDS {
+            return self.unstick(now, may_follow);
+        }
         Decision::Round
+    }
+
+    /// What remains fits. The pause would be shorter still at the local minimum: another round is
+    /// made as long as each shrinks what remains by a fifth, and what remains counts at all.
+    fn is_worth_a_round(&self, now: &Observation, before: u64) -> bool {
+        let shrinks = now.rounds == 1 || now.remaining_pages < before - before / 5;
+        let counts = self.estimate.copying(now.remaining_pages) > WORTH;
+        self.polish < POLISH_ROUNDS && shrinks && counts
+    }
+
+    fn give_up(&self, may_follow: bool) -> Decision {
+        if may_follow {
+            Decision::PostCopy
+        } else if self.options.on_no_convergence == NoConvergence::Force {
+            Decision::SwitchOver(Pause::Unlimited)
+        } else {
+            Decision::GiveUp(GiveUp::DidNotConverge)
+        }
+    }
+
+    /// Rounds alone do not help any more.
+    fn unstick(&mut self, now: &Observation, may_follow: bool) -> Decision {
+        let bearable = self.helpful_slowdown(now).filter(|&slowdown| {
+            slowdown <= if may_follow { BEARABLE } else { HARSH } && slowdown > now.slowdown
+        });
+        if let Some(slowdown) = bearable {
+            self.stale = 0;
+            return Decision::Throttle(slowdown);
+        }
+        if may_follow {
+            return Decision::PostCopy;
+        }
+        let more =
+            Slowdown::percent(now.slowdown.as_percent().max(10).saturating_mul(2)).min(HARSH);
+        if more > now.slowdown {
+            return Decision::Throttle(more);
+        }
+        Decision::Round
+    }
+
+    /// The slowdown at which a guest would dirty, during the time that one round of what remains
+    /// takes, no more than fits. `None` when nothing was measured.
+    fn helpful_slowdown(&self, now: &Observation) -> Option<Slowdown> {
+        if now.dirty_rate <= 0.0 || now.goodput <= 0.0 {
+            return None;
+        }
+        let unthrottled = now.dirty_rate / (1.0 - f64::from(now.slowdown.as_percent()) / 100.0);
+        let bearable = now.goodput * SHRINK;
+        let share = (1.0 - bearable / unthrottled).clamp(0.0, 0.99);
+        Some(Slowdown::percent((share * 100.0).ceil() as u8))
     }
 }
 
@@ -207,7 +295,7 @@ mod tests {
         let mut policy = policy(MigrationOptions::default());
         assert_eq!(policy.decide(&after(1, 90_000)), Decision::Round);
         let pause = Decision::SwitchOver(Pause::Limited);
-        assert_eq!(policy.decide(&after(2, 100)), pause);
+        assert_eq!(policy.decide(&after(2, 40)), pause);
     }
 
     #[test]
@@ -221,12 +309,100 @@ mod tests {
         for (options, end) in [(MigrationOptions::default(), stays), (forced, moves)] {
             let mut policy = policy(options);
             let mut rounds = 1;
-            while policy.decide(&after(rounds, 90_000)) == Decision::Round {
+            let mut slowdown = Slowdown::NONE;
+            loop {
+                let now = Observation {
+                    slowdown,
+                    ..after(rounds, 90_000)
+                };
+                match policy.decide(&now) {
+                    Decision::Throttle(more) => {
+                        assert!(more > slowdown);
+                        slowdown = more;
+                    }
+                    Decision::Round => {}
+                    decision => break assert_eq!(decision, end),
+                }
                 rounds += 1;
                 assert!(rounds < 100);
             }
-            assert_eq!(policy.decide(&after(rounds, 90_000)), end);
+            assert_eq!(slowdown, HARSH, "all else was tried before");
         }
+    }
+
+    /// A guest that dirties `rate` over a wire of `goodput` bytes a second.
+    fn stuck(mode: Mode, post_copy: bool, rate: f64, goodput: f64) -> Decision {
+        let mut policy = policy(MigrationOptions {
+            mode,
+            ..MigrationOptions::default()
+        });
+        for rounds in 1..20 {
+            let now = Observation {
+                dirty_rate: rate,
+                goodput,
+                post_copy,
+                ..after(rounds, 90_000)
+            };
+            match policy.decide(&now) {
+                Decision::Round => {}
+                decision => return decision,
+            }
+        }
+        panic!("no decision");
+    }
+
+    #[test]
+    fn a_guest_that_cannot_be_caught_up_with_goes_first_and_its_memory_follows() {
+        assert_eq!(stuck(Mode::Auto, true, 2e9, 1e9), Decision::PostCopy);
+        assert!(matches!(
+            stuck(Mode::Auto, false, 2e9, 1e9),
+            Decision::Throttle(s) if s.as_percent() == 70
+        ));
+        assert!(matches!(
+            stuck(Mode::Pre, true, 2e9, 1e9),
+            Decision::Throttle(_)
+        ));
+    }
+
+    #[test]
+    fn a_guest_that_is_a_little_too_fast_is_slowed_down_a_little() {
+        assert!(matches!(
+            stuck(Mode::Auto, true, 0.7e9, 1e9),
+            Decision::Throttle(s) if s.as_percent() == 15
+        ));
+    }
+
+    #[test]
+    fn asked_for_post_copy_follows_the_first_round() {
+        let mut policy = policy(MigrationOptions {
+            mode: Mode::Post,
+            ..MigrationOptions::default()
+        });
+        let with = |rounds| Observation {
+            post_copy: true,
+            ..after(rounds, 100)
+        };
+        assert_eq!(policy.decide(&with(0)), Decision::Round);
+        assert_eq!(policy.decide(&with(1)), Decision::PostCopy);
+        let pause = Decision::SwitchOver(Pause::Limited);
+        assert_eq!(policy.decide(&after(1, 40)), pause, "the peer cannot");
+    }
+
+    #[test]
+    fn a_pause_that_keeps_the_limit_is_made_shorter_while_rounds_shrink() {
+        let mut policy = policy(MigrationOptions {
+            downtime_limit: Duration::from_millis(300),
+            ..MigrationOptions::default()
+        });
+        let pause = Decision::SwitchOver(Pause::Limited);
+        let mut seen = Vec::new();
+        for (round, remaining) in [(1, 20_000), (2, 6000), (3, 2000), (4, 1900)] {
+            seen.push(policy.decide(&after(round, remaining)));
+        }
+        assert_eq!(
+            seen,
+            [Decision::Round, Decision::Round, Decision::Round, pause]
+        );
     }
 
     #[test]

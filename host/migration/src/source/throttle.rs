@@ -2,13 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use crate::error::MigrationError;
-use crate::options::CancelToken;
-
 /// How much may go out at once after a pause.
 const BURST: Duration = Duration::from_millis(20);
-/// How often a wait looks at the cancel token.
-const SLICE: Duration = Duration::from_millis(20);
 
 /// A token bucket: credit grows with time up to a burst, sending takes from it, and who has
 /// overdrawn waits.
@@ -36,7 +31,7 @@ impl Throttle {
     }
 
     /// Takes `bytes` from the bucket at `now`; how long to wait before sending them.
-    fn take(&mut self, bytes: u64, now: Instant) -> Duration {
+    pub(super) fn take(&mut self, bytes: u64, now: Instant) -> Duration {
         let Some(rate) = self.bytes_per_second else {
             return Duration::ZERO;
         };
@@ -47,26 +42,11 @@ impl Throttle {
         Duration::try_from_secs_f64((-self.credit).max(0.0) / rate).unwrap_or(Duration::MAX)
     }
 
-    /// Waits until `bytes` may be sent. False: `deadline` comes before that.
-    pub(super) fn wait(
-        &mut self,
-        bytes: u64,
-        deadline: Option<Instant>,
-        cancel: &CancelToken,
-    ) -> Result<bool, MigrationError> {
-        let mut left = self.take(bytes, Instant::now());
-        if deadline.is_some_and(|deadline| Instant::now() + left > deadline) {
-            return Ok(false);
+    /// Bytes that were taken and not sent.
+    pub(super) fn give_back(&mut self, bytes: u64) {
+        if self.bytes_per_second.is_some() {
+            self.credit += bytes as f64;
         }
-        while !left.is_zero() {
-            if cancel.is_cancelled() {
-                return Err(MigrationError::Cancelled);
-            }
-            let slice = left.min(SLICE);
-            std::thread::sleep(slice);
-            left -= slice;
-        }
-        Ok(true)
     }
 }
 

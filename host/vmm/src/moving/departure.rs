@@ -6,13 +6,15 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use dunlin_api::migration::{Endpoint, MigrateRequest, MigrationReport, Verify};
+use dunlin_api::plan::{Compression, MoveMode};
 use dunlin_api::{ApiError, ErrorCode, VmConfig};
 use dunlin_guest::{Authorship, Memory, SavedState};
 use dunlin_hypervisor::Vm;
 use dunlin_migration::transport::{Connector, TcpConnector, UnixConnector};
 use dunlin_migration::{
-    Doubt, MachineError, MigrationError, MigrationFailure, MigrationOptions, Slowdown, Source,
-    SourceMachine, Verdict, Verification, Whereabouts, resolve,
+    Compression as Squeeze, Doubt, MachineError, MigrationError, MigrationFailure,
+    MigrationOptions, Mode, Slowdown, Source, SourceMachine, Verdict, Verification, Whereabouts,
+    resolve,
 };
 use tokio::sync::oneshot;
 
@@ -151,6 +153,18 @@ fn options(request: &MigrateRequest) -> MigrationOptions {
             Verify::After => Verification::AfterHandOver,
             Verify::Before => Verification::BeforeHandOver,
         },
+        mode: match request.mode {
+            MoveMode::Auto => Mode::Auto,
+            MoveMode::Pre => Mode::Pre,
+            MoveMode::Post => Mode::Post,
+        },
+        streams: request.streams,
+        compression: match request.compression {
+            Compression::Auto => Squeeze::Auto,
+            Compression::Off => Squeeze::Off,
+            Compression::Lz4 => Squeeze::Lz4,
+        },
+        timeout: request.timeout_ms.map(Duration::from_millis),
         ..defaults
     }
 }
@@ -178,6 +192,8 @@ fn end(
                 MigrationError::Cancelled => ErrorCode::Cancelled,
                 MigrationError::Transport(_)
                 | MigrationError::Protocol(_)
+                | MigrationError::Lane(_)
+                | MigrationError::LaneMessage(_)
                 | MigrationError::Peer { .. }
                 | MigrationError::InDoubt => ErrorCode::Peer,
                 _ => ErrorCode::Host,
@@ -292,6 +308,7 @@ mod tests {
                 kind: dunlin_migration::RoundKind::TakenBack,
                 pages: 7,
                 zero_pages: 8,
+                same_pages: 11,
                 bytes: 9,
                 start_ms: 1.5,
                 duration_ms: 2.5,

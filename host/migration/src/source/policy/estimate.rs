@@ -123,11 +123,16 @@ impl Estimate {
         (self.slowest_round_trip() + START).min(limit / 2)
     }
 
+    /// The part of a pause that `pages` pages take.
+    pub(super) fn copying(&self, pages: u64) -> Duration {
+        let seconds = self.seconds_a_page() * pages as f64;
+        Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX / 4)
+    }
+
     /// The pause when `pages` pages and the states of the machine remain.
     pub(super) fn pause(&self, pages: u64) -> Duration {
-        let copying = self.seconds_a_page() * pages as f64;
         let fixed = self.overheads.sum() + START + self.slowest_round_trip() * 2 + self.latency;
-        fixed + Duration::try_from_secs_f64(copying).unwrap_or(Duration::MAX / 4)
+        fixed + self.copying(pages)
     }
 
     /// Would the pause keep the limit, with some room?
