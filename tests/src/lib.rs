@@ -10,4 +10,6 @@ pub mod guest;
 pub mod hosts;
 pub mod mover;
 pub mod process;
+pub mod proxy;
+pub mod soak;
 pub mod ticks;

@@ -130,6 +130,46 @@ impl Recorder {
         Ok(&self.heard)
     }
 
+    /// When the guest last said something on a stream.
+    pub fn last_word(&self, stream: usize) -> Option<Duration> {
+        let streams = self.shared.lock();
+        Some(streams.get(stream)?.bytes.last()?.0)
+    }
+
+    /// Waits until the guest, whose words came on these streams one after the other, has checked all of its memory in a
+    /// pass that begins from now on.
+    ///
+    /// # Errors
+    /// When it has lost something, or does not come to that in time.
+    pub fn whole(&self, order: &[usize], limit: Duration) -> anyhow::Result<()> {
+        let from = self.now();
+        let end = Instant::now() + limit;
+        loop {
+            process::check_interrupt()?;
+            let mut listener = Listener::new();
+            let mut passes = 0;
+            for &number in order {
+                let streams = self.shared.lock();
+                let bytes = streams.get(number).map(|stream| stream.bytes.clone());
+                drop(streams);
+                for (at, byte) in bytes.context("the stream has begun")? {
+                    let event = listener
+                        .byte(byte)
+                        .with_context(|| format!("on host {number}"))?;
+                    let scrubbed = matches!(event, Some(Event::Scrubbed { .. }));
+                    passes += u32::from(scrubbed && at > from);
+                }
+            }
+            if passes >= 2 {
+                return Ok(());
+            }
+            if Instant::now() > end {
+                bail!("no check of all memory within {} s", limit.as_secs());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     /// Waits until `enough` is true of what was said.
     ///
     /// # Errors

@@ -9,6 +9,7 @@ mod deps;
 mod fuzz;
 mod guest;
 mod packages;
+mod soak;
 mod test;
 
 use clap::{Parser, Subcommand};
@@ -35,6 +36,9 @@ enum Task {
     Bench(bench::Bench),
     /// Feeds random input to what guests, peers and files reach, for a bounded time
     Fuzz(fuzz::FuzzArguments),
+    /// Breaks moves of guests at random places, and counts what became of the guests
+    #[command(subcommand)]
+    Soak(soak::Soak),
     /// Makes the test guest (kernel and initramfs) and prints the command that runs it
     Guest(guest::GuestArguments),
 }
@@ -47,6 +51,7 @@ fn main() -> anyhow::Result<()> {
         Task::Deps => deps::run(),
         Task::Bench(bench) => bench::run(&bench),
         Task::Fuzz(arguments) => fuzz::run(&arguments),
+        Task::Soak(soak) => soak::run(&soak),
         Task::Guest(arguments) => guest::run(&arguments),
     }
 }

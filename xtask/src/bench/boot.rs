@@ -28,12 +28,7 @@ struct Boot {
 pub(super) fn run(arguments: &BenchArguments) -> anyhow::Result<()> {
     process::catch_interrupts();
     let missing = packages::install(&[("qemu-system-x86", "qemu-system-x86_64")]);
-    process::run_shown(
-        Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-            .args(["build", "--release", "--quiet", "--package", "dunlin"])
-            .current_dir(process::root()),
-    )?;
-    let binary = process::target().join("release/dunlin");
+    let binary = super::build()?;
     let mut rows = Vec::new();
     for series in Series::ALL {
         let suffix = series.name().replace('.', "_");

@@ -3,8 +3,12 @@
 mod boot;
 mod migrate;
 
+use std::process::Command;
+
 use clap::{Args, Subcommand};
 use serde::Serialize;
+
+use dunlin_testbed::process;
 
 /// What can be measured.
 #[derive(Debug, Subcommand)]
@@ -31,6 +35,16 @@ pub(crate) fn run(bench: &Bench) -> anyhow::Result<()> {
         Bench::Boot(arguments) => boot::run(arguments),
         Bench::Migrate(arguments) => migrate::run(arguments),
     }
+}
+
+/// Builds the `dunlin` to measure.
+pub(crate) fn build() -> anyhow::Result<std::path::PathBuf> {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo
+        .args(["build", "--release", "--quiet", "--package", "dunlin"])
+        .current_dir(process::root());
+    process::run_shown(&mut cargo)?;
+    Ok(process::target().join("release/dunlin"))
 }
 
 /// One figure.

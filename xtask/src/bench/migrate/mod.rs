@@ -5,6 +5,7 @@
 //! that fails, or that the binary does not offer, leaves rows without a value and says why.
 
 mod blackout;
+mod faults;
 mod moments;
 mod overload;
 mod qemu;
@@ -21,7 +22,7 @@ use dunlin_guest_migbench::Parameters;
 
 use super::{Row, print};
 use crate::packages;
-use dunlin_testbed::mover::{Engine, Setup};
+use dunlin_testbed::mover::{Engine, Mover, Setup};
 use dunlin_testbed::process;
 
 /// Arguments of `cargo xtask bench migrate`.
@@ -52,7 +53,7 @@ struct Group {
     measure: fn(&Bench) -> anyhow::Result<Vec<Row>>,
 }
 
-const GROUPS: [Group; 11] = [
+const GROUPS: [Group; 12] = [
     Group {
         rows: &[
             ("throughput_plain", "rate ratio to a raw copy"),
@@ -104,6 +105,10 @@ const GROUPS: [Group; 11] = [
         measure: moments::handover,
     },
     Group {
+        rows: &[("faults_ok", "moves")],
+        measure: faults::run,
+    },
+    Group {
         rows: &[("restore_ms", "ms")],
         measure: moments::restore,
     },
@@ -128,7 +133,7 @@ pub(super) fn run(arguments: &MigrateArguments) -> anyhow::Result<()> {
     let missing = packages::install(&[("qemu-system-x86", qemu::PROGRAM)]);
     let binary = match &arguments.binary {
         Some(binary) => binary.clone(),
-        None => build()?,
+        None => super::build()?,
     };
     let folder = process::target().join("bench-migrate");
     let engine = Engine::best(&binary, &folder)?;
@@ -161,15 +166,6 @@ pub(super) fn run(arguments: &MigrateArguments) -> anyhow::Result<()> {
     print("migrate", &rows, arguments.json)
 }
 
-fn build() -> anyhow::Result<PathBuf> {
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo
-        .args(["build", "--release", "--quiet", "--package", "dunlin"])
-        .current_dir(process::root());
-    process::run_shown(&mut cargo)?;
-    Ok(process::target().join("release/dunlin"))
-}
-
 impl Bench {
     /// A guest of this size that does this, in a folder of its own.
     fn setup(&self, name: &str, memory_mebibytes: u64, parameters: Parameters) -> Setup {
@@ -196,6 +192,17 @@ impl Bench {
             bail!("\"{words}\" does not offer {word}");
         }
         Ok(())
+    }
+
+    /// Does post-copy work here? Asked of a move without a fault.
+    fn moves_behind_the_guest(&self) -> bool {
+        let parameters = Parameters {
+            fill_mebibytes: Some(4),
+            ..Parameters::default()
+        };
+        let moved = Mover::start(&self.setup("post", 32, parameters))
+            .and_then(|mut mover| mover.hop(&["--mode", "post"], &[]));
+        moved.is_ok_and(|hop| !hop.report["post_copy"].is_null())
     }
 
     /// What runs the guest in QEMU as ours runs it here: KVM beside KVM.
