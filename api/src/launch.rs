@@ -12,6 +12,7 @@ use crate::config::{DebugConsoleConfig, EngineChoice, NetConfig, VmConfig};
 use crate::error::ApiError;
 use crate::migration::Endpoint;
 use crate::name::VmName;
+use crate::snapshot::Reading;
 use crate::status::VmStatus;
 
 /// What a VM process is to do.
@@ -53,6 +54,9 @@ pub enum GuestOrigin {
         path: PathBuf,
         /// What differs from the saved configuration.
         overrides: Overrides,
+        /// When the guest's pages are read.
+        #[serde(default)]
+        reading: Reading,
     },
     /// It arrives from a peer, for which the process waits.
     Peer {

@@ -124,14 +124,6 @@ fn default_downtime() -> u64 {
     DEFAULT_DOWNTIME_MS
 }
 
-/// A request to save the guest to a file.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SaveRequest {
-    /// The file, which must not exist yet; on the host of the VM's process.
-    pub to: PathBuf,
-}
-
 /// How a move ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

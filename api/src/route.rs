@@ -14,7 +14,7 @@ pub const MIGRATE: &str = "/v1/vm/migrate";
 /// POST [`crate::migration::MigrateRequest`]: what such a move would take; nothing moves. Answers
 /// [`crate::plan::MovePrediction`].
 pub const PREDICTION: &str = "/v1/vm/migration/prediction";
-/// POST [`crate::migration::SaveRequest`]: saves the guest and leaves it paused.
+/// POST [`crate::snapshot::SaveRequest`]: saves the guest and leaves it paused.
 pub const SAVE: &str = "/v1/vm/save";
 /// GET: [`crate::status::ExitReport`].
 pub const EXITS: &str = "/v1/vm/exits";

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::name::VmName;
+use crate::snapshot::RestoreReport;
 
 /// Where a VM is in its life. The transitions are drawn in `dunlin_vmm::lifecycle`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,6 +49,9 @@ pub struct VmStatus {
     /// does.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub throttled_percent: Vec<u8>,
+    /// How the guest came back, when it came from a file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restore: Option<RestoreReport>,
     /// Milliseconds since this process took the guest.
     pub uptime_ms: u64,
     /// Why the VM left `running`, when it did.

@@ -3,8 +3,8 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
 
 use dunlin_api::launch::{
     DETACH, GuestOrigin, LaunchReply, LaunchSpec, Overrides, StandardInput, Start,
@@ -22,7 +22,8 @@ use crate::isolation;
 use crate::lifecycle::{Ending, Lifecycle, Mailbox, Message, Phase, Surroundings};
 use crate::machine::events::MachineEvents;
 use crate::moving::{
-    self, ArrivingMachine, Build, Faults, MoveMonitor, encode_config, restore_from_file,
+    self, ArrivingMachine, Build, Faults, FromFile, MoveMonitor, Wanted, encode_config,
+    restore_from_file,
 };
 use crate::place::ClaimedPlace;
 
@@ -105,6 +106,7 @@ fn live(spec: LaunchSpec, parent: &mut Parent) -> Result<(Ending, VmStatus), Api
     let result = arrive(arriving, &peers, parent).and_then(|arrived| {
         let surroundings = Surroundings {
             faults,
+            from_file: arrived.from_file,
             blueprint: arrived.guest.blueprint,
             inbox,
             mailbox,
@@ -159,11 +161,12 @@ fn serve(
         console: listen(&place.place().console_socket())?,
     });
     if lifecycle.needs_start() {
+        let idle = Instant::now();
         if start == Start::WhenWatched {
             parent.tell(&LaunchReply::Ready(lifecycle.status()));
             console.wait_for_reader(ATTACH);
         }
-        lifecycle.start()?;
+        lifecycle.start(idle.elapsed())?;
     }
     if start == Start::AtOnce {
         parent.tell(&LaunchReply::Ready(lifecycle.status()));
@@ -176,6 +179,8 @@ fn serve(
 struct Arrived {
     guest: ArrivingMachine,
     phase: Phase,
+    /// How it came, when it came from a file.
+    from_file: Option<FromFile>,
     /// Answers a source that does not know yet that the guest runs here.
     witness: Option<Witness>,
 }
@@ -203,11 +208,22 @@ fn arrive(arriving: Arriving, peers: &Peers, parent: &mut Parent) -> Result<Arri
     };
     match origin {
         GuestOrigin::Boot(config) => boot(&build(Overrides::default()), &config),
-        GuestOrigin::File { path, overrides } => {
-            let guest = restore_from_file(&build(overrides), &path)?;
+        GuestOrigin::File {
+            path,
+            overrides,
+            reading,
+        } => {
+            let mailbox = peers.mailbox.clone();
+            let wanted = Wanted {
+                path: &path,
+                reading,
+                on_end: Box::new(move |end| pages_ended(&mailbox, end)),
+            };
+            let (guest, from_file) = restore_from_file(&build(overrides), wanted)?;
             Ok(Arrived {
                 guest,
                 phase: Phase::Created,
+                from_file: Some(from_file),
                 witness: None,
             })
         }
@@ -228,8 +244,36 @@ fn boot(build: &Build, config: &VmConfig) -> Result<Arrived, ApiError> {
     Ok(Arrived {
         guest,
         phase: Phase::Created,
+        from_file: None,
         witness: None,
     })
+}
+
+/// How long the lifecycle may take to hear that the guest's memory is lost.
+const HEAR: Duration = Duration::from_secs(3);
+
+/// The pages of a guest from a file are all there, or never will be.
+fn pages_ended(mailbox: &Mailbox, end: Result<(), ApiError>) {
+    let Err(error) = end else {
+        return mailbox.send(Message::PagesThere);
+    };
+    tracing::error!(%error, "the guest ends: its memory is lost");
+    let mailbox = mailbox.clone();
+    let tell = move || {
+        let (sender, heard) = mpsc::channel();
+        mailbox.send(Message::MemoryLost(error.clone(), sender));
+        if heard.recv_timeout(HEAR).is_err() {
+            // The lifecycle waits for a processor that waits for a page: nobody can end in order.
+            Parent(io::stdout()).tell(&LaunchReply::Failed(error));
+            std::process::exit(1);
+        }
+    };
+    // The lifecycle may be about to wait for the caller's end.
+    let spawned = std::thread::Builder::new().name("memory lost".into());
+    if let Err(error) = spawned.spawn(tell) {
+        tracing::error!(%error, "and there is no thread to say so");
+        std::process::exit(1);
+    }
 }
 
 /// How a guest is awaited.
@@ -270,6 +314,7 @@ fn receive(
         Ok(arrival) => Ok(Arrived {
             guest: arrival.machine,
             phase: Phase::Running,
+            from_file: None,
             witness: Some(arrival.witness),
         }),
         Err(MigrationError::Cancelled) => Err(ApiError::new(

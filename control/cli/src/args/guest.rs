@@ -65,6 +65,9 @@ pub struct RestoreArgs {
     /// Another engine than the saved one
     #[arg(long, value_enum)]
     pub engine: Option<EngineArgument>,
+    /// Read all of the guest's memory before it runs, instead of behind the running guest
+    #[arg(long)]
+    pub eager: bool,
     /// Another place than the saved one for the bytes of the guest's debug port
     #[arg(long, value_name = "unix:PATH|file:PATH")]
     pub debugcon: Option<DebugConsoleConfig>,

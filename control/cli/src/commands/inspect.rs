@@ -4,7 +4,7 @@ use std::path::Path;
 
 use dunlin_api::migration::{MigrationPhase, MigrationStatus};
 use dunlin_api::size::display_size;
-use dunlin_api::snapshot::SnapshotReport;
+use dunlin_api::snapshot::{Reading, RestoreReport, SnapshotReport};
 use dunlin_api::status::{ExitReport, VmStatus};
 use dunlin_api::{VmConfig, VmName, route};
 use serde_json::json;
@@ -87,10 +87,27 @@ fn describe_status(status: &VmStatus, config: &VmConfig) -> String {
             format!("by {} for a move", shares.join(", ")),
         ]);
     }
+    if let Some(restore) = &status.restore {
+        rows.push(vec!["restored".into(), describe_restore(restore)]);
+    }
     if let Some(reason) = &status.reason {
         rows.push(vec!["reason".into(), reason.clone()]);
     }
     table(&rows)
+}
+
+fn describe_restore(restore: &RestoreReport) -> String {
+    let how = match restore.reading {
+        Reading::Lazy => "memory read behind the running guest",
+        Reading::Eager => "memory read before it ran",
+    };
+    let time = restore
+        .restore_ms
+        .map_or(String::new(), |ms| format!("in {ms:.1} ms, "));
+    match restore.pages_missing {
+        0 => format!("{time}{how}"),
+        missing => format!("{time}{how}, {} to come", display_size(missing * 4096)),
+    }
 }
 
 fn describe_exits(report: &ExitReport) -> String {
@@ -145,7 +162,14 @@ fn describe_snapshot(report: &SnapshotReport) -> String {
         vec!["name".into(), config.name.to_string()],
         vec!["processors".into(), config.cpus.to_string()],
         vec!["memory".into(), display_size(config.memory_bytes)],
-        vec!["file".into(), display_size(report.file_bytes)],
+        vec![
+            "file".into(),
+            format!(
+                "{}, format version {}",
+                display_size(report.file_bytes),
+                report.format_version
+            ),
+        ],
     ];
     for component in &report.components {
         rows.push(vec![

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use dunlin_api::launch::{GuestOrigin, LaunchReply, Overrides, Start};
+use dunlin_api::snapshot::Reading;
 use dunlin_api::status::{VmState, VmStatus};
 use dunlin_api::{DebugConsoleConfig, DiskConfig, NetConfig, VERSION, VmConfig, VmName};
 
@@ -26,6 +27,10 @@ pub(super) async fn run(args: RunArgs, printer: &Printer) -> Result<ExitCode, Cl
 pub(super) async fn restore(args: RestoreArgs, printer: &Printer) -> Result<ExitCode, CliError> {
     let guest = GuestOrigin::File {
         path: absolute(&args.file)?,
+        reading: match args.eager {
+            true => Reading::Eager,
+            false => Reading::Lazy,
+        },
         overrides: Overrides {
             name: args.name,
             engine: args.engine.map(Into::into),
@@ -110,6 +115,13 @@ async fn start(guest: GuestOrigin, detach: bool, printer: &Printer) -> Result<Ex
             return Err(CliError::Interrupted);
         }
     };
+    if let Some(why) = status
+        .restore
+        .as_ref()
+        .and_then(|restore| restore.why_eager.as_ref())
+    {
+        printer.note(&format!("its memory was read before it ran: {why}"));
+    }
     if detach {
         process.detach()?;
         printer.result(&status, || format!("{}", status.name));

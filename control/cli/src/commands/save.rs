@@ -1,8 +1,8 @@
 //! `save`: a VM to a file.
 
-use dunlin_api::migration::SaveRequest;
 use dunlin_api::route;
 use dunlin_api::size::display_size;
+use dunlin_api::snapshot::SaveRequest;
 use dunlin_api::status::VmStatus;
 use serde_json::json;
 

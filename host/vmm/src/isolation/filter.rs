@@ -78,6 +78,8 @@ const ALLOWED: &[i64] = &[
     libc::SYS_set_robust_list,
     libc::SYS_rseq,
     libc::SYS_gettid,
+    // Without capabilities a thread can only be made to come later.
+    libc::SYS_setpriority,
     libc::SYS_getpid,
     libc::SYS_sched_yield,
     libc::SYS_sched_getaffinity,

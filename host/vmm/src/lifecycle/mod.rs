@@ -19,7 +19,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use dunlin_api::error::chain;
-use dunlin_api::migration::{MigrateRequest, MigrationStatus, SaveRequest};
+use dunlin_api::migration::{MigrateRequest, MigrationStatus};
+use dunlin_api::snapshot::SaveRequest;
 use dunlin_api::status::{ExitReport, VmStatus};
 use dunlin_api::{ApiError, OnReboot, VmConfig};
 use dunlin_guest::SavedState;
@@ -28,7 +29,7 @@ use tokio::sync::oneshot;
 
 use crate::machine::events::MachineEvent;
 use crate::machine::{Blueprint, Machine};
-use crate::moving::{Faults, MoveEnd, MoveMonitor, OpenQuestion};
+use crate::moving::{Faults, FromFile, MoveEnd, MoveMonitor, OpenQuestion};
 use requests::Look;
 pub(crate) use state::{Phase, Transition};
 
@@ -62,6 +63,10 @@ pub(crate) enum Message {
     Move(MoveCall),
     /// A move is over.
     MoveEnded(Box<MoveEnd>),
+    /// All pages of a guest from a file are there.
+    PagesThere,
+    /// Pages of a guest from a file cannot be had; whoever tells wants to know that it was heard.
+    MemoryLost(ApiError, Sender<()>),
     /// The machine tells.
     Machine(MachineEvent),
     /// This process was told to end.
@@ -116,6 +121,8 @@ pub(crate) enum Ending {
     ThreadLost(VcpuId),
     /// The reboot failed.
     Reboot(ApiError),
+    /// Some of its memory cannot be had. Whatever touches that waits for ever.
+    MemoryLost(ApiError),
 }
 
 impl Ending {
@@ -137,6 +144,7 @@ impl Ending {
             Self::Engine(error) => chain(error),
             Self::ThreadLost(id) => format!("the thread of processor {} failed", id.0),
             Self::Reboot(error) => format!("the guest could not be rebooted: {error}"),
+            Self::MemoryLost(error) => format!("the guest's memory is lost: {error}"),
         }
     }
 }
@@ -150,6 +158,8 @@ pub(crate) struct Lifecycle {
     mailbox: Mailbox,
     monitor: Arc<MoveMonitor>,
     faults: Faults,
+    // Behind the machine, whose parts may touch pages until they have ended.
+    from_file: Option<FromFile>,
     moving: Option<JoinHandle<()>>,
     look: Option<Look>,
     since: Instant,
@@ -170,6 +180,8 @@ pub(crate) struct Surroundings {
     pub(crate) monitor: Arc<MoveMonitor>,
     /// Serves faults of guest memory, or why it cannot.
     pub(crate) faults: Faults,
+    /// How the guest came, when it came from a file.
+    pub(crate) from_file: Option<FromFile>,
 }
 
 impl Lifecycle {
@@ -181,6 +193,7 @@ impl Lifecycle {
             mailbox,
             monitor,
             faults,
+            from_file,
         } = surroundings;
         Self {
             phase,
@@ -190,6 +203,7 @@ impl Lifecycle {
             mailbox,
             monitor,
             faults,
+            from_file,
             moving: None,
             look: None,
             since: Instant::now(),
@@ -200,13 +214,16 @@ impl Lifecycle {
         }
     }
 
-    /// Lets the guest run for the first time here.
-    pub(crate) fn start(&mut self) -> Result<(), ApiError> {
+    /// Lets the guest run for the first time here, after `idle` was spent waiting for a watcher.
+    pub(crate) fn start(&mut self, idle: Duration) -> Result<(), ApiError> {
         let next = self.phase.after(Transition::Start)?;
         self.machine
             .resume()
             .map_err(|error| requests::host(&error))?;
         self.phase = next;
+        if let Some(from_file) = &mut self.from_file {
+            from_file.runs(idle);
+        }
         Ok(())
     }
 
@@ -229,7 +246,8 @@ impl Lifecycle {
             .ending
             .take()
             .unwrap_or(Ending::Stopped("the process ended"));
-        if self.phase == Phase::Running {
+        let lost = matches!(ending, Ending::MemoryLost(_));
+        if self.phase == Phase::Running && !lost {
             // Devices flush what they hold.
             if let Err(error) = self.machine.pause(crate::machine::DiskLocks::Release) {
                 tracing::error!(error = chain(&error), "devices did not stop in order");
@@ -240,6 +258,11 @@ impl Lifecycle {
         }
         let mut status = self.status();
         status.reason = Some(ending.describe());
+        if lost {
+            // Its threads may wait for memory, and cannot be waited for: they end with the process.
+            std::mem::forget(self.machine);
+            std::mem::forget(self.from_file);
+        }
         (ending, status)
     }
 
@@ -266,6 +289,14 @@ impl Lifecycle {
             Message::EndLook(reply) => answer(reply, self.end_look()),
             Message::Move(call) => self.serve_move(call),
             Message::MoveEnded(end) => self.move_ended(*end),
+            Message::PagesThere => self.pages_there(),
+            Message::MemoryLost(error, heard) => {
+                let _gone = heard.send(());
+                // After a reboot the guest has another memory.
+                if self.from_file.is_some() {
+                    self.end(Ending::MemoryLost(error));
+                }
+            }
             Message::Machine(event) => self.machine_event(event),
             Message::End(why) => self.end(Ending::Stopped(why)),
         }
@@ -277,6 +308,13 @@ impl Lifecycle {
         self.monitor.cancel();
         // The first reason is the cause of the others.
         self.ending.get_or_insert(ending);
+    }
+
+    fn pages_there(&mut self) {
+        tracing::info!("all pages of the guest are there");
+        if let Some(from_file) = &mut self.from_file {
+            from_file.let_go();
+        }
     }
 
     fn machine_event(&mut self, event: MachineEvent) {
@@ -320,6 +358,7 @@ impl Lifecycle {
             cpus: config.cpus,
             memory_bytes: config.memory_bytes,
             throttled_percent: self.machine.throttled(),
+            restore: self.from_file.as_ref().map(FromFile::report),
             uptime_ms: u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX),
             reason: self.ending.as_ref().map(Ending::describe),
         }

@@ -3,7 +3,8 @@
 use std::time::{Duration, Instant};
 
 use dunlin_api::error::chain;
-use dunlin_api::migration::{MigrateRequest, MigrationStatus, SaveRequest};
+use dunlin_api::migration::{MigrateRequest, MigrationStatus};
+use dunlin_api::snapshot::SaveRequest;
 use dunlin_api::status::{ExitCounts, ExitReport, VmStatus};
 use dunlin_api::{ApiError, ErrorCode};
 use dunlin_guest::{PAGE_SIZE, PageSet};
@@ -11,7 +12,7 @@ use dunlin_migration::Verdict;
 
 use super::{Ending, LINGER, Lifecycle, MoveCall, Phase, Transition, answer};
 use crate::machine::{DiskLocks, assemble};
-use crate::moving::{self, MoveEnd, MoveOutcome};
+use crate::moving::{self, FromFile, MoveEnd, MoveOutcome};
 
 /// How long a destination is asked again before a user's word decides.
 const ASK_AGAIN: Duration = Duration::from_secs(3);
@@ -45,6 +46,24 @@ impl Lifecycle {
             format!("cannot {action} VM \"{name}\": it is being moved"),
         )
         .with_hint("wait for the move to end, or interrupt \"dunlin migrate\" to cancel it"))
+    }
+
+    /// Refuses while pages of a guest from a file are missing: what is not there cannot be sent.
+    pub(super) fn all_pages_are_here(&self, action: &str) -> Result<(), ApiError> {
+        let missing = self.from_file.as_ref().and_then(FromFile::missing);
+        let Some((missing, all)) = missing else {
+            return Ok(());
+        };
+        let name = &self.machine.config().name;
+        let there = (all - missing) * 100 / all.max(1);
+        Err(ApiError::new(
+            ErrorCode::Busy,
+            format!(
+                "cannot {action} VM \"{name}\": its memory is still being read from a file, \
+                 {there} % is there"
+            ),
+        )
+        .with_hint("try again in a moment; \"dunlin restore --eager\" reads all before it runs"))
     }
 
     pub(super) fn pause(&mut self) -> Result<VmStatus, ApiError> {
@@ -120,6 +139,7 @@ impl Lifecycle {
     /// share its disks and its identity.
     pub(super) fn save(&mut self, request: &SaveRequest) -> Result<VmStatus, ApiError> {
         self.not_moving("save")?;
+        self.all_pages_are_here("save")?;
         moving::check_target(&request.to)?;
         let ran = self.phase == Phase::Running;
         let status = self.pause()?;
@@ -134,6 +154,7 @@ impl Lifecycle {
 
     pub(super) fn migrate(&mut self, request: MigrateRequest) -> Result<MigrationStatus, ApiError> {
         self.not_moving("move")?;
+        self.all_pages_are_here("move")?;
         if self.phase != Phase::Running {
             let name = &self.machine.config().name;
             return Err(ApiError::new(
@@ -237,6 +258,8 @@ impl Lifecycle {
         self.machine
             .pause(DiskLocks::Release)
             .map_err(|error| host(&error))?;
+        // The guest's memory is given up, and nobody touches it any more.
+        self.from_file = None;
         self.blueprint.events = self.blueprint.events.renew();
         let machine = assemble(&self.blueprint).map_err(|error| host(&error))?;
         machine.load_kernel().map_err(|error| host(&error))?;

@@ -8,7 +8,7 @@ mod monitor;
 pub(crate) use arrival::{ArrivingMachine, Build};
 pub(crate) use departure::{Departure, OpenQuestion, Throttled, start};
 pub use file::describe_snapshot;
-pub(crate) use file::{check_target, restore_from_file, save_to_file};
+pub(crate) use file::{FromFile, Wanted, check_target, restore_from_file, save_to_file};
 pub(crate) use monitor::{MoveEnd, MoveMonitor, MoveOutcome};
 
 use std::sync::Arc;

@@ -132,6 +132,7 @@ impl Owner {
         let thread = std::thread::spawn(move || {
             let _place = guest.place;
             let surroundings = Surroundings {
+                from_file: None,
                 blueprint: guest.blueprint,
                 inbox,
                 mailbox: others,
@@ -139,7 +140,7 @@ impl Owner {
                 faults: open_faults(),
             };
             let mut lifecycle = Lifecycle::new(guest.machine, Phase::Created, surroundings);
-            lifecycle.start().unwrap();
+            lifecycle.start(Duration::ZERO).unwrap();
             started.send(()).unwrap();
             lifecycle.run();
         });
