@@ -3,6 +3,7 @@
 
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -11,10 +12,12 @@ use dunlin_guest::{Memory, PAGE_SIZE, PageIndex};
 use dunlin_lane::{LaneError, LaneEvent, PageReceiver, Window};
 
 use super::inventory::Inventory;
+use super::preparing;
 use crate::error::MigrationError;
 use crate::options::CancelToken;
 use crate::pages;
 use crate::protocol::lane::{self, Counts, LaneMessage, LaneMessageError};
+use crate::protocol::runs::Run;
 
 /// How often a lane's thread looks whether it shall end.
 const SLICE: Duration = Duration::from_millis(100);
@@ -152,6 +155,7 @@ impl Lanes {
             stop: CancelToken::new(),
             threads: Vec::new(),
         };
+        let preparer = preparing::start(inventory.memory().clone(), lanes.stop.clone())?;
         for (index, mut lane) in receivers.into_iter().enumerate() {
             for window in windows(inventory.memory()) {
                 lane.grant(window, Instant::now() + GRANT)?;
@@ -162,6 +166,7 @@ impl Lanes {
                 inventory: Arc::clone(inventory),
                 book: Arc::clone(&book),
                 stop: lanes.stop.clone(),
+                preparer: preparer.clone(),
                 scratch: Vec::new(),
                 round: 0,
                 counts: Counts::default(),
@@ -221,6 +226,7 @@ struct Body {
     inventory: Arc<Inventory>,
     book: Arc<Book>,
     stop: CancelToken,
+    preparer: SyncSender<Vec<Run>>,
     scratch: Vec<u8>,
     round: u32,
     counts: Counts,
@@ -278,6 +284,12 @@ impl Body {
                     pages: count,
                     ..Counts::default()
                 }
+            }
+            LaneMessage::Ahead { round, runs } => {
+                self.enter(round);
+                // Only a help: what is too much for it is left to the lanes.
+                let _too_much = self.preparer.try_send(runs);
+                Counts::default()
             }
             LaneMessage::Mark { round, counts } => {
                 self.enter(round);

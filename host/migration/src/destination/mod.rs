@@ -3,6 +3,7 @@
 pub(crate) mod custody;
 mod inventory;
 mod lanes;
+mod preparing;
 mod reception;
 pub(crate) mod session;
 

@@ -5,7 +5,7 @@
 //!
 //! | bytes | field |
 //! |---|---|
-//! | 0 | kind: 1 pages, 2 compressed pages, 3 mark |
+//! | 0 | kind: 1 pages, 2 compressed pages, 3 mark, 4 ahead |
 //! | 1..4 | reserved, zero |
 //! | 4..8 | round |
 //! | *pages:* 8..12 | pages that the destination has already, as they are |
@@ -14,6 +14,8 @@
 //! | *compressed:* 8..12 | runs of pages with content |
 //! | 12.. | those runs, then the pages as one LZ4 block |
 //! | *mark:* 8.. | pages with content, zero pages, equal pages of this lane in the round, 8 bytes each |
+//! | *ahead:* 8..12 | runs of pages that will come with content |
+//! | 12.. | those runs |
 
 use super::runs::{self, RUN_LENGTH, Run};
 
@@ -22,6 +24,9 @@ pub const MAX_PAGES: usize = 128;
 
 /// Most runs of zero pages in one message.
 pub const MAX_ZERO_RUNS: usize = 2048;
+
+/// Most runs that are told ahead at once.
+pub const MAX_AHEAD_RUNS: usize = 1024;
 
 /// Longest message: a lane has to take so many bytes at once.
 pub const MAX_MESSAGE: usize = HEAD + MAX_RUNS * RUN_LENGTH + MAX_BLOCK;
@@ -117,6 +122,14 @@ pub enum LaneMessage<'a> {
         /// Their content as one LZ4 block.
         block: &'a [u8],
     },
+    /// Pages that will come on this lane next: where their memory takes time to prepare, it can
+    /// be prepared meanwhile.
+    Ahead {
+        /// The round.
+        round: u32,
+        /// Which pages.
+        runs: Vec<Run>,
+    },
     /// This lane has no more pages in this round.
     Mark {
         /// The round.
@@ -155,6 +168,13 @@ pub fn encode_compressed(round: u32, stored: &[Run], into: &mut Vec<u8>) {
     head(2, round, into);
     into.extend_from_slice(&(stored.len() as u32).to_le_bytes());
     put(stored, into);
+}
+
+/// Encodes [`LaneMessage::Ahead`] into `into`, which is cleared first.
+pub fn encode_ahead(round: u32, runs: &[Run], into: &mut Vec<u8>) {
+    head(4, round, into);
+    into.extend_from_slice(&(runs.len() as u32).to_le_bytes());
+    put(runs, into);
 }
 
 /// Encodes [`LaneMessage::Mark`] into `into`, which is cleared first.
@@ -217,6 +237,11 @@ impl<'a> LaneMessage<'a> {
                     same_pages: number()?,
                 };
                 Self::Mark { round, counts }
+            }
+            4 => {
+                let runs = fields.u32().ok_or(wrong.clone())?;
+                let runs = fields.runs(runs, MAX_AHEAD_RUNS, ram_pages)?;
+                Self::Ahead { round, runs }
             }
             kind => return Err(LaneMessageError::Kind { kind }),
         };
@@ -351,6 +376,9 @@ mod tests {
             encode_pages(3, &stored, &zero, same, &mut bytes);
             let back = LaneMessage::decode(&bytes, 900).unwrap();
             prop_assert_eq!(back, LaneMessage::Pages { round: 3, stored: stored.clone(), zero, same });
+            encode_ahead(5, &stored, &mut bytes);
+            let back = LaneMessage::decode(&bytes, 900).unwrap();
+            prop_assert_eq!(back, LaneMessage::Ahead { round: 5, runs: stored.clone() });
             encode_compressed(4, &stored, &mut bytes);
             bytes.extend_from_slice(&block);
             let back = LaneMessage::decode(&bytes, 900).unwrap();
@@ -359,7 +387,7 @@ mod tests {
 
         #[test]
         fn whatever_arrives_names_pages_of_ram_only(
-            kind in 0u8..5,
+            kind in 0u8..6,
             rest in proptest::collection::vec(any::<u8>(), 0..200),
             small in any::<bool>(),
         ) {
@@ -373,6 +401,7 @@ mod tests {
                 Ok(LaneMessage::Compressed { stored, block, .. }) => {
                     let _refused = unpack(block, pages_in(&stored) as usize, &mut Vec::new());
                 }
+                Ok(LaneMessage::Ahead { runs, .. }) => prop_assert!(pages_in(&runs) <= 64),
                 Ok(LaneMessage::Mark { .. }) | Err(_) => {}
             }
         }

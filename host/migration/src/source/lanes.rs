@@ -18,10 +18,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use dunlin_guest::{Memory, PageIndex, PageSet};
+use dunlin_guest::{Memory, PAGE_SIZE, PageIndex, PageSet};
 use dunlin_lane::{LaneError, PageSender, Ticket};
+use vm_memory::{Address, Bytes};
 
-use super::packing::{Packer, Squeeze};
+use super::packing::{Packer, Squeeze, posted};
 use super::sent::Sent;
 use super::squeeze::Advice;
 use super::throttle::Throttle;
@@ -29,6 +30,7 @@ use crate::error::MigrationError;
 use crate::options::{CancelToken, Compression};
 use crate::pages::{self, Extents};
 use crate::protocol::lane::{self, Counts};
+use crate::protocol::runs;
 
 /// Pages in a share: 4 MiB.
 const SHARE: u64 = 1024;
@@ -294,6 +296,47 @@ fn lane_thread_lost() -> MigrationError {
     }
 }
 
+/// Pages that one lane takes at once.
+struct Share {
+    pages: Range<u64>,
+    /// A bit for each page that lies in a hole of the memory file.
+    holes: [u64; (SHARE / 64) as usize],
+}
+
+impl Share {
+    fn place(&self, page: PageIndex) -> (usize, u64) {
+        let within = page.0.wrapping_sub(self.pages.start);
+        ((within / 64) as usize, 1 << (within % 64))
+    }
+
+    fn note_hole(&mut self, page: PageIndex) {
+        let (word, bit) = self.place(page);
+        if let Some(word) = self.holes.get_mut(word) {
+            *word |= bit;
+        }
+    }
+
+    fn is_hole(&self, page: PageIndex) -> bool {
+        let (word, bit) = self.place(page);
+        self.holes.get(word).is_some_and(|word| word & bit != 0)
+    }
+}
+
+/// A look at a few places of a page: a page with content that looks empty there costs its
+/// destination no more than a page fault.
+fn is_probably_zero(memory: &Memory, page: PageIndex) -> bool {
+    let Some(address) = memory.address_of(page) else {
+        return true;
+    };
+    (0..PAGE_SIZE).step_by(512).all(|offset| {
+        let mut bytes = [0; 16];
+        let read = memory
+            .mapping()
+            .read_slice(&mut bytes, address.unchecked_add(offset));
+        read.is_ok() && bytes == [0; 16]
+    })
+}
+
 /// What the thread of a lane has.
 struct Body {
     packer: Packer,
@@ -333,15 +376,21 @@ impl Body {
     fn round(&mut self, work: &Work, counts: &mut Counts) -> Result<(), MigrationError> {
         let memory = self.surroundings.memory.clone();
         let mut extents = work.holes.then(|| Extents::new(&memory));
-        while !work.is_stopped() {
-            let Some(share) = work.take(memory.pages()) else {
+        let mut next = self.take(work, extents.as_mut())?;
+        while let Some(share) = next {
+            if work.is_stopped() {
                 break;
-            };
-            for page in work.pages.within(share) {
+            }
+            next = self.take(work, extents.as_mut())?;
+            for page in work.pages.within(share.pages.clone()) {
                 if self.packer.is_full() && !self.flush(work, counts)? {
                     return self.mark(work, *counts);
                 }
-                self.add(page, extents.as_mut(), work)?;
+                if share.is_hole(page) {
+                    self.packer.add_hole(page);
+                } else {
+                    self.add(page, work)?;
+                }
             }
         }
         if !self.packer.is_empty() {
@@ -350,16 +399,41 @@ impl Body {
         self.mark(work, *counts)
     }
 
-    fn add(
+    /// The next share. In the first round the destination is told of its pages one share ahead.
+    fn take(
         &mut self,
-        page: PageIndex,
-        extents: Option<&mut Extents<'_>>,
         work: &Work,
-    ) -> Result<(), MigrationError> {
-        if extents.is_some_and(|extents| extents.hole_at(page).is_some()) {
-            self.packer.add_hole(page);
-            return Ok(());
+        extents: Option<&mut Extents<'_>>,
+    ) -> Result<Option<Share>, MigrationError> {
+        let memory = &self.surroundings.memory;
+        let Some(pages) = work.take(memory.pages()) else {
+            return Ok(None);
+        };
+        let mut share = Share {
+            pages,
+            holes: [0; (SHARE / 64) as usize],
+        };
+        let Some(extents) = extents else {
+            return Ok(Some(share));
+        };
+        let mut runs = Vec::new();
+        for page in work.pages.within(share.pages.clone()) {
+            if extents.hole_at(page).is_some() {
+                share.note_hole(page);
+            } else if !is_probably_zero(memory, page) {
+                runs::push(&mut runs, page);
+            }
         }
+        runs.truncate(lane::MAX_AHEAD_RUNS);
+        if !runs.is_empty() {
+            let mut message = Vec::new();
+            lane::encode_ahead(work.round, &runs, &mut message);
+            posted(self.lane.send(&message, Instant::now() + SLICE))?;
+        }
+        Ok(Some(share))
+    }
+
+    fn add(&mut self, page: PageIndex, work: &Work) -> Result<(), MigrationError> {
         if self.packer.needs_buffer() {
             let buffer = self.patiently(|lane, deadline| lane.buffer(deadline))?;
             self.packer.fill_into(buffer);

@@ -22,6 +22,8 @@ const STALE_ROUNDS: u32 = 8;
 const POLISH_ROUNDS: u32 = 6;
 /// Copying during the pause that is not worth another round.
 const WORTH: Duration = Duration::from_micros(500);
+/// Share of the limit that copying may take for a switch-over to be tried against the odds.
+const TRY: f64 = 0.3;
 /// The most that a guest is slowed down when its memory could follow it instead.
 const BEARABLE: Slowdown = Slowdown::percent(20);
 /// The most that it is slowed down when there is no other way.
@@ -198,6 +200,9 @@ impl Policy {
             }
             return Decision::SwitchOver(Pause::Limited);
         }
+        if now.rounds > 0 && self.stale > 0 && self.is_worth_a_try(now.remaining_pages) {
+            return Decision::SwitchOver(Pause::Limited);
+        }
         if self.stale >= STUCK_ROUNDS {
             return self.unstick(now, may_follow);
         }
@@ -210,6 +215,13 @@ impl Policy {
         let shrinks = now.rounds == 1 || now.remaining_pages < before - before / 5;
         let counts = self.estimate.copying(now.remaining_pages) > WORTH;
         self.polish < POLISH_ROUNDS && shrinks && counts
+    }
+
+    /// What remains takes a small part of the limit, and the rest of the prediction is overheads
+    /// that more rounds do not change. The limit is kept even when the try fails, and a try teaches
+    /// what the overheads are.
+    fn is_worth_a_try(&self, pages: u64) -> bool {
+        self.estimate.copying(pages) < self.options.downtime_limit.mul_f64(TRY)
     }
 
     fn give_up(&self, may_follow: bool) -> Decision {
@@ -370,6 +382,18 @@ mod tests {
             stuck(Mode::Auto, true, 0.7e9, 1e9),
             Decision::Throttle(s) if s.as_percent() == 15
         ));
+    }
+
+    #[test]
+    fn a_pause_that_only_overheads_may_make_too_long_is_tried() {
+        let mut policy = policy(MigrationOptions {
+            downtime_limit: Duration::from_millis(10),
+            ..MigrationOptions::default()
+        });
+        policy.round_trip(Duration::from_millis(20));
+        let pause = Decision::SwitchOver(Pause::Limited);
+        assert_eq!(policy.decide(&after(1, 0)), Decision::Round);
+        assert_eq!(policy.decide(&after(2, 0)), pause);
     }
 
     #[test]
