@@ -8,13 +8,17 @@
 //! The ways take turns; medians and ratios are printed, of time and of processor time. `lane` sends
 //! what lies in the buffers, `copied` fills them from memory first, as a migration does.
 
+#[path = "../tests/authority/mod.rs"]
+mod authority;
+
 use std::io::{IoSlice, IoSliceMut};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dunlin_lane::stream::{SocketTransport, Transport};
+use authority::Authority;
+use dunlin_lane::stream::{SocketTransport, TlsIdentity, TlsName, TlsTransport, Transport};
 use dunlin_lane::{
     PageReceiver, PageSender, Placement, StreamLane, StreamReceiver, StreamSender, Ticket, Window,
 };
@@ -32,12 +36,25 @@ enum Way {
     Raw,
     Lane,
     Copied,
+    Tls,
+    TlsCopied,
+}
+
+impl Way {
+    fn copies(self) -> bool {
+        matches!(self, Self::Copied | Self::TlsCopied)
+    }
+
+    fn is_secure(self) -> bool {
+        matches!(self, Self::Tls | Self::TlsCopied)
+    }
 }
 
 struct Case {
     source: Arc<Vec<u8>>,
     target: Arc<Vec<u8>>,
     lane: StreamLane,
+    identity: TlsIdentity,
 }
 
 fn main() {
@@ -55,11 +72,14 @@ fn main() {
         source: Arc::new(noise(mebibytes << 20)),
         target: Arc::new(vec![1; mebibytes << 20]),
         lane,
+        identity: Authority::new().identity(&["127.0.0.1"]),
     };
     let ways = [
         ("raw", Way::Raw),
         ("lane", Way::Lane),
         ("copied", Way::Copied),
+        ("tls", Way::Tls),
+        ("tls+copy", Way::TlsCopied),
     ];
     let mut costs = vec![Vec::new(); ways.len()];
     for _ in 0..runs {
@@ -68,12 +88,12 @@ fn main() {
         }
     }
     let raw = median(&costs[0]);
-    println!("way      MiB/s  of raw  sender s/GiB  receiver s/GiB  cpu of raw");
+    println!("way       MiB/s  of raw  sender s/GiB  receiver s/GiB  cpu of raw");
     for (costs, (name, _)) in costs.iter().zip(ways) {
         let cost = median(costs);
         let gibibytes = mebibytes as f64 / 1024.0;
         println!(
-            "{name:7} {:6.0} {:7.3} {:13.3} {:15.3} {:11.3}",
+            "{name:8} {:6.0} {:7.3} {:13.3} {:15.3} {:11.3}",
             mebibytes as f64 / cost.seconds,
             raw.seconds / cost.seconds,
             cost.sender / gibibytes,
@@ -84,7 +104,10 @@ fn main() {
 }
 
 fn run(case: &Case, way: Way) -> Cost {
-    let (out, into) = sockets();
+    let (mut out, mut into) = sockets();
+    if way.is_secure() {
+        (out, into) = secured(out, into, &case.identity);
+    }
     let source = Arc::clone(&case.source);
     let lane = case.lane;
     let begin = Instant::now();
@@ -92,19 +115,19 @@ fn run(case: &Case, way: Way) -> Cost {
         let before = cpu_seconds();
         match way {
             Way::Raw => send_raw(out, &source, lane.buffer_bytes),
-            Way::Lane | Way::Copied => send_lane(out, &source, lane, way),
+            _ => send_lane(out, &source, lane, way),
         }
         cpu_seconds() - before
     });
     let before = cpu_seconds();
     match way {
         Way::Raw => receive_raw(into, &case.target),
-        Way::Lane | Way::Copied => receive_lane(into, &case.target, lane),
+        _ => receive_lane(into, &case.target, lane),
     }
     let receiver = cpu_seconds() - before;
     let seconds = begin.elapsed().as_secs_f64();
     let sender = sender.join().expect("the sender works");
-    if way == Way::Copied {
+    if way.copies() {
         assert!(case.source == case.target, "the bytes arrived as they were");
     }
     Cost {
@@ -121,6 +144,21 @@ fn sockets() -> (Box<dyn Transport>, Box<dyn Transport>) {
     let (into, _) = listener.accept().expect("a connection");
     let transport = |stream| Box::new(SocketTransport::tcp(stream).expect("options"));
     (transport(out), transport(into))
+}
+
+fn secured(
+    out: Box<dyn Transport>,
+    into: Box<dyn Transport>,
+    identity: &TlsIdentity,
+) -> (Box<dyn Transport>, Box<dyn Transport>) {
+    let name = TlsName::address(Ipv4Addr::LOCALHOST.into());
+    let mut out = TlsTransport::client(out, identity, name).expect("a client");
+    let mut into = TlsTransport::server(into, identity).expect("a server");
+    std::thread::scope(|scope| {
+        scope.spawn(|| out.handshake(deadline()).expect("a handshake"));
+        into.handshake(deadline()).expect("a handshake");
+    });
+    (Box::new(out), Box::new(into))
 }
 
 fn deadline() -> Instant {
@@ -156,7 +194,7 @@ fn send_lane(out: Box<dyn Transport>, source: &[u8], lane: StreamLane, way: Way)
     for chunk in source.chunks(lane.buffer_bytes) {
         let mut buffer = sender.buffer(deadline()).expect("a buffer");
         let room = buffer.extend(chunk.len()).expect("room");
-        if way == Way::Copied {
+        if way.copies() {
             room.copy_from_slice(chunk);
         }
         // As a migration does, one entry for each run of pages.

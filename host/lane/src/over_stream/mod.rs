@@ -36,7 +36,7 @@ mod sender;
 
 use crate::LaneError;
 use crate::page::LaneTraits;
-use crate::stream::{StreamTraits, TransportError};
+use crate::stream::{StreamTraits, TlsFailure, TransportError};
 
 pub use receiver::StreamReceiver;
 pub use sender::StreamSender;
@@ -93,10 +93,19 @@ fn lane_error(error: TransportError) -> LaneError {
             address: peer,
             source,
         } => LaneError::Io { peer, source },
-        TransportError::Stopped { ref peer } => LaneError::Io {
-            peer: peer.clone(),
-            source: std::io::Error::other(error),
+        TransportError::Tls {
+            peer,
+            source: source @ (TlsFailure::Damaged | TlsFailure::Unexpected { .. }),
+        } => LaneError::Corrupted {
+            peer,
+            reason: source.to_string(),
         },
+        TransportError::Tls { ref peer, .. } | TransportError::Stopped { ref peer } => {
+            LaneError::Io {
+                peer: peer.clone(),
+                source: std::io::Error::other(error),
+            }
+        }
     }
 }
 

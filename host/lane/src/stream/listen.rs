@@ -9,12 +9,16 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::{DescriptorTransport, SocketTransport, Transport, TransportError, socket};
+use super::{
+    DescriptorTransport, SocketTransport, TlsIdentity, TlsTransport, Transport, TransportError,
+    socket,
+};
 
 /// A listening socket.
 #[derive(Debug)]
 pub struct Listener {
     socket: Socket,
+    identity: Option<TlsIdentity>,
 }
 
 #[derive(Debug)]
@@ -41,6 +45,7 @@ impl Listener {
         listener.set_nonblocking(true).map_err(failed)?;
         Ok(Self {
             socket: Socket::Tcp(listener),
+            identity: None,
         })
     }
 
@@ -61,7 +66,16 @@ impl Listener {
                 path: path.to_owned(),
                 descriptors: false,
             },
+            identity: None,
         })
+    }
+
+    /// Lets in only who has a certificate of the same authority. The handshake takes place when
+    /// a connection is first read from or written to, not while it is accepted.
+    #[must_use]
+    pub fn with_tls(mut self, identity: TlsIdentity) -> Self {
+        self.identity = Some(identity);
+        self
     }
 
     /// As [`Listener::unix`], for connections that carry descriptors: nobody but this user can
@@ -122,12 +136,19 @@ impl Listener {
             }
         };
         match transport {
-            Ok(transport) => Ok(Some(transport)),
+            Ok(transport) => self.secured(transport).map(Some),
             Err(error) if is_fatal(&error) => Err(failed(error)),
             Err(error) => {
                 tracing::debug!(%error, "a connection broke off before it was accepted");
                 Ok(None)
             }
+        }
+    }
+
+    fn secured(&self, transport: Box<dyn Transport>) -> Result<Box<dyn Transport>, TransportError> {
+        match &self.identity {
+            Some(identity) => Ok(Box::new(TlsTransport::server(transport, identity)?)),
+            None => Ok(transport),
         }
     }
 

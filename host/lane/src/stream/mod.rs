@@ -1,7 +1,7 @@
 //! Duplex byte streams with deadlines, and the places where they begin.
 //!
 //! The protocol above asks for four things: bytes in, bytes out, each with a deadline, and an end.
-//! TCP and unix sockets give them; an encrypted stream will fit behind the same trait.
+//! TCP and unix sockets give them, and so does TLS over either ([`TlsTransport`]).
 
 mod connect;
 mod descriptors;
@@ -9,6 +9,7 @@ mod fencing;
 mod listen;
 mod raw;
 mod socket;
+mod tls;
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::Shutdown;
@@ -21,6 +22,7 @@ pub use fencing::{Fencing, PeerProcess};
 pub use listen::Listener;
 pub use raw::RawSlice;
 pub use socket::SocketTransport;
+pub use tls::{IdentityError, TlsConnector, TlsFailure, TlsIdentity, TlsName, TlsTransport};
 
 /// Bytes that a stream without a way of its own reads at once on their way to raw memory.
 const BOUNCE: usize = 64 << 10;
@@ -48,6 +50,15 @@ pub enum TransportError {
         /// What the kernel said.
         #[source]
         source: io::Error,
+    },
+    /// The two sides do not trust each other, or somebody meddles with the stream.
+    #[error("no secure connection with {peer}")]
+    Tls {
+        /// The peer's address.
+        peer: String,
+        /// What is wrong.
+        #[source]
+        source: TlsFailure,
     },
     /// No connection came about.
     #[error("failed to connect to {peer}")]
@@ -114,7 +125,8 @@ pub trait Transport: Send {
         Ok(count)
     }
 
-    /// Writes at least one byte, waiting until `deadline`.
+    /// Writes at least one byte, waiting until `deadline`. After a time-out the next call has to
+    /// begin with the same bytes: some may have been taken on the way already.
     ///
     /// # Errors
     /// [`TransportError::TimedOut`] when nothing was taken, [`TransportError::Closed`] at the end.

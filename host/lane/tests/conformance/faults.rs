@@ -2,13 +2,17 @@
 
 use std::io::{IoSlice, IoSliceMut};
 use std::net::Shutdown;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use dunlin_lane::memory::{Fault, MemoryLane};
 use dunlin_lane::stream::{StreamTraits, Transport, TransportError};
 use dunlin_lane::{LaneError, Ticket};
 
-use super::support::{Pair, Region, SMALL, in_memory, over, receive, soon, unix_streams, write};
+use super::support::{
+    Pair, Region, SMALL, in_memory, over, over_tls, receive, soon, unix_streams, write,
+};
 
 /// Flips one bit of what goes through.
 struct Flip {
@@ -16,6 +20,7 @@ struct Flip {
     /// Bytes until the bit's byte.
     until: usize,
     bit: u32,
+    armed: Arc<AtomicBool>,
 }
 
 impl Transport for Flip {
@@ -29,6 +34,9 @@ impl Transport for Flip {
         deadline: Instant,
     ) -> Result<usize, TransportError> {
         let count = self.inner.read(into, deadline)?;
+        if !self.armed.load(Ordering::Acquire) {
+            return Ok(count);
+        }
         let mut left = count;
         for slice in into {
             let here = left.min(slice.len());
@@ -64,16 +72,23 @@ fn through_damage(until: usize, bit: u32) -> (usize, LaneError) {
         inner: into,
         until,
         bit,
+        armed: Arc::new(AtomicBool::new(true)),
     };
+    send(over(out, Box::new(damaged), SMALL), &[b"a message", b""])
+}
+
+/// Sends a write and then `contents`; says how many of those came, and how it ended.
+fn send(pair: Pair, contents: &[&[u8]]) -> (usize, LaneError) {
     let Pair {
         mut sender,
         mut receiver,
-    } = over(out, Box::new(damaged), SMALL);
+    } = pair;
     let region = Region::new(4096);
     receiver.grant(region.window(0..4096), soon()).unwrap();
     write(&mut *sender, 100, 500, 1).unwrap();
-    sender.send(b"a message", soon()).unwrap();
-    sender.send(b"", soon()).unwrap();
+    for content in contents {
+        sender.send(content, soon()).unwrap();
+    }
     sender.complete(Ticket::ALL, soon()).unwrap();
     sender.close();
     let mut messages = 0;
@@ -104,6 +119,35 @@ fn every_damaged_byte_is_noticed_before_a_later_message() {
         );
         let whole = usize::from(until >= first) + usize::from(until >= first + second);
         assert_eq!(messages, whole.saturating_sub(1), "byte {until}");
+    }
+}
+
+/// A damaged length may make a record wait for bytes that never come: then the end is the error.
+#[test]
+fn every_damaged_byte_of_a_record_is_noticed_before_what_it_carries_is_used() {
+    // Header, type and tag are 22 bytes around what a plain lane would send.
+    let message_end = (22 + 28 + 12 + 500) + (22 + 28 + 9);
+    let close_end = message_end + 22 + 2;
+    for until in (0..close_end).step_by(3) {
+        let (out, into) = unix_streams();
+        let armed = Arc::new(AtomicBool::new(false));
+        let damaged = Flip {
+            inner: into,
+            until,
+            bit: until as u32 % 8,
+            armed: Arc::clone(&armed),
+        };
+        let pair = over_tls(out, Box::new(damaged), SMALL);
+        armed.store(true, Ordering::Release);
+        let (messages, end) = send(pair, &[b"a message"]);
+        assert!(
+            matches!(end, LaneError::Corrupted { .. } | LaneError::Closed { .. }),
+            "byte {until}: {end}"
+        );
+        assert!(
+            messages <= usize::from(until >= message_end),
+            "byte {until}"
+        );
     }
 }
 

@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a failed step fails the test")]
 
+#[path = "../authority/mod.rs"]
+mod authority;
 mod cases;
 mod faults;
 mod random;
@@ -24,7 +26,7 @@ macro_rules! suite {
 }
 
 suite! {
-    registering_memory, plain_memory, unix, tcp: {
+    registering_memory, plain_memory, unix, tcp, tls: {
         cases::writes_are_visible_behind_a_message,
         cases::a_later_write_over_an_earlier_one_wins,
         cases::nothing_is_written_outside_of_windows,

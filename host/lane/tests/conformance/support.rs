@@ -1,18 +1,21 @@
 //! Pairs of ends, and memory to write to.
 
-use std::net::{TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::ptr::NonNull;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use dunlin_lane::memory::{self, MemoryLane};
-use dunlin_lane::stream::{SocketTransport, Transport};
+use dunlin_lane::stream::{SocketTransport, TlsIdentity, TlsName, TlsTransport, Transport};
 use dunlin_lane::{
     LaneEvent, PageReceiver, PageSender, Placement, StreamLane, StreamReceiver, StreamSender,
     Ticket, Window, WindowRange,
 };
+
+use crate::authority::Authority;
 
 /// Both ends of a lane.
 pub(crate) struct Pair {
@@ -64,6 +67,29 @@ pub(crate) fn unix(sizes: StreamLane, _seed: u64) -> Pair {
 pub(crate) fn tcp(sizes: StreamLane, _seed: u64) -> Pair {
     let (out, into) = tcp_streams();
     over(out, into, sizes)
+}
+
+pub(crate) fn tls(sizes: StreamLane, _seed: u64) -> Pair {
+    let (out, into) = tcp_streams();
+    over_tls(out, into, sizes)
+}
+
+/// A lane over TLS, whose handshake is done.
+pub(crate) fn over_tls(
+    out: Box<dyn Transport>,
+    into: Box<dyn Transport>,
+    sizes: StreamLane,
+) -> Pair {
+    static IDENTITY: OnceLock<TlsIdentity> = OnceLock::new();
+    let identity = IDENTITY.get_or_init(|| Authority::new().identity(&["127.0.0.1"]));
+    let name = TlsName::address(Ipv4Addr::LOCALHOST.into());
+    let mut out = TlsTransport::client(out, identity, name).unwrap();
+    let mut into = TlsTransport::server(into, identity).unwrap();
+    thread::scope(|scope| {
+        scope.spawn(|| out.handshake(soon()).unwrap());
+        into.handshake(soon()).unwrap();
+    });
+    over(Box::new(out), Box::new(into), sizes)
 }
 
 pub(crate) fn over(out: Box<dyn Transport>, into: Box<dyn Transport>, sizes: StreamLane) -> Pair {
