@@ -111,11 +111,8 @@ fn raw_loopback() -> f64 {
     let (mut stream, _) = listener.accept().unwrap();
     let memory = Memory::new(BYTES as u64).unwrap();
     let start = memory.host_page(PageIndex(0)).unwrap();
+    #[expect(unsafe_code, reason = "straight into guest RAM, as lanes do")]
     // SAFETY: the mapping is `BYTES` long, `memory` lives to the end, and nobody else has it.
-    #[expect(
-        unsafe_code,
-        reason = "as the destination's lanes, straight into guest RAM"
-    )]
     let all = unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), BYTES) };
     let begun = Instant::now();
     for chunk in all.chunks_mut(512 << 10) {

@@ -83,25 +83,60 @@ impl KvmVcpu {
         }
     }
 
+    /// Reads many at once: each call is a visit to the processor.
+    fn read_known_msrs(&self) -> Result<Msrs, EngineError> {
+        let failed = host_error::<io::Error>("read model-specific registers");
+        let known = MSRS
+            .iter()
+            .filter(|(index, _)| self.known_msrs.contains(index));
+        let entries: Vec<_> = known
+            .clone()
+            .map(|(index, _)| kvm_msr_entry {
+                index: *index,
+                ..Default::default()
+            })
+            .collect();
+        let mut batch = MsrBatch::from_entries(&entries)
+            .map_err(|error| failed(io::Error::other(format!("{error:?}"))))?;
+        let read = self
+            .fd
+            .get_msrs(&mut batch)
+            .map_err(host_error("read model-specific registers"))?;
+        let mut msrs = Msrs::default();
+        for ((index, place), entry) in known.zip(batch.as_slice()) {
+            if entry.index != *index || read != entries.len() {
+                let reason = format!("only {read} of {}", entries.len());
+                return Err(failed(io::Error::other(reason)));
+            }
+            *place(&mut msrs) = entry.data;
+        }
+        Ok(msrs)
+    }
+
+    /// Writes many at once. The kernel stops at the first that it refuses.
+    fn write_msrs(&self, entries: &[kvm_msr_entry]) -> Result<(), EngineError> {
+        let batch = MsrBatch::from_entries(entries).map_err(|error| {
+            host_error("write model-specific registers")(io::Error::other(format!("{error:?}")))
+        })?;
+        let written = self
+            .fd
+            .set_msrs(&batch)
+            .map_err(host_error("write model-specific registers"))?;
+        match entries.get(written) {
+            None => Ok(()),
+            Some(kvm_msr_entry { index, data, .. }) => Err(self.invalid(format!(
+                "register {index:#x} cannot be {data:#x} on this host"
+            ))),
+        }
+    }
+
     fn write_msr(&self, index: u32, value: u64) -> Result<(), EngineError> {
         let entry = kvm_msr_entry {
             index,
             data: value,
             ..Default::default()
         };
-        let batch = MsrBatch::from_entries(&[entry]).map_err(|error| {
-            host_error("write a model-specific register")(io::Error::other(format!("{error:?}")))
-        })?;
-        let written = self
-            .fd
-            .set_msrs(&batch)
-            .map_err(host_error("write a model-specific register"))?;
-        if written == 1 {
-            return Ok(());
-        }
-        Err(self.invalid(format!(
-            "register {index:#x} cannot be {value:#x} on this host"
-        )))
+        self.write_msrs(&[entry])
     }
 
     fn invalid(&self, reason: String) -> EngineError {
@@ -156,12 +191,7 @@ impl KvmVcpu {
         let xcrs = self.fd.get_xcrs().map_err(failed("read XCR0"))?;
         let xsave = self.fd.get_xsave().map_err(failed("read the FPU"))?;
         let lapic = self.fd.get_lapic().map_err(failed("read the local APIC"))?;
-        let mut msrs = Msrs::default();
-        for (index, place) in MSRS {
-            if self.known_msrs.contains(&index) {
-                *place(&mut msrs) = self.read_msr(index)?;
-            }
-        }
+        let mut msrs = self.read_known_msrs()?;
         if let Some(GuestClocks { system_time, wall }) = self.pending_clocks {
             msrs.kvmclock_system_time = system_time;
             msrs.kvmclock_wall_clock = wall;
@@ -247,13 +277,18 @@ impl KvmVcpu {
             .map_err(failed("the debug registers", "write the debug registers"))?;
         self.write_clock(state)?;
         let mut msrs = state.msrs;
+        let mut entries = Vec::with_capacity(MSRS.len());
         for (index, place) in &MSRS[..MSRS.len() - 1] {
-            let value = *place(&mut msrs);
             let is_clock = matches!(*index, MSR_SYSTEM_TIME | MSR_WALL_CLOCK);
             if self.known_msrs.contains(index) && !is_clock {
-                self.write_msr(*index, value)?;
+                entries.push(kvm_msr_entry {
+                    index: *index,
+                    data: *place(&mut msrs),
+                    ..Default::default()
+                });
             }
         }
+        self.write_msrs(&entries)?;
         let lapic = kvm_lapic_state {
             regs: state.apic.registers.map(|byte| byte as i8),
         };
