@@ -139,6 +139,8 @@ pub enum Outcome {
     Cancelled,
     /// The guest is paused at the source; it may run at the destination.
     InDoubt,
+    /// The guest went to the destination, which cannot get the rest of its memory.
+    Lost,
 }
 
 /// Was the guest running during a round?
@@ -255,6 +257,42 @@ pub struct MigrationReport {
     pub verified: Option<bool>,
     /// Hash of RAM at the hand-over, in hexadecimal, when verification was asked for.
     pub ram_hash: Option<String>,
+    /// Why memory could not follow the guest; absent when it could.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub no_post_copy: Option<String>,
+    /// How memory followed the guest, if it did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub post_copy: Option<PostCopyReport>,
+}
+
+/// How memory followed its guest.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PostCopyReport {
+    /// Pages that were missing when the guest changed hands.
+    pub missing_pages: u64,
+    /// Pages that something waited for.
+    pub faults: u64,
+    /// Half of them came within so many microseconds.
+    pub fault_p50_us: u64,
+    /// 99 of 100 did.
+    pub fault_p99_us: u64,
+    /// All did.
+    pub fault_max_us: u64,
+    /// Pages that came because something waited for them.
+    pub urgent_pages: u64,
+    /// Pages that came ahead of their turn, since a neighbour was waited for.
+    pub prefetched_pages: u64,
+    /// All other pages.
+    pub bulk_pages: u64,
+    /// Pages that came although they were there.
+    pub duplicates: u64,
+    /// Bytes of the messages that brought pages.
+    pub bytes: u64,
+    /// Times at which broken connections were made anew.
+    pub recoveries: u32,
+    /// From the start of the guest until every page was there, in milliseconds.
+    pub duration_ms: f64,
 }
 
 /// Where a move is.
@@ -271,6 +309,9 @@ pub enum MigrationPhase {
     SwitchingOver,
     /// The guest was given away; the destination has not said yet that it runs.
     HandingOver,
+    /// The guest runs at the destination, and the rest of its memory follows. It can no longer be
+    /// cancelled.
+    Following,
     /// The destination runs the guest.
     Done,
     /// It failed, and the guest goes on here.
@@ -279,6 +320,8 @@ pub enum MigrationPhase {
     Cancelled,
     /// It broke at the hand-over and nobody knows who owns the guest.
     InDoubt,
+    /// The guest went to the destination, which cannot get the rest of its memory.
+    Lost,
 }
 
 /// Progress of the current move, or the result of the last one.
@@ -324,6 +367,7 @@ impl MigrationStatus {
                 | MigrationPhase::Copying
                 | MigrationPhase::SwitchingOver
                 | MigrationPhase::HandingOver
+                | MigrationPhase::Following
         )
     }
 }

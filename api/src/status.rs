@@ -22,6 +22,9 @@ pub enum VmState {
     /// The connection broke at the hand-over: nobody here knows whether the other side runs the
     /// guest. It stays paused until somebody decides.
     InDoubt,
+    /// The guest went to another host before all of its memory, and was lost there. What is here is
+    /// the guest as it was at the hand-over; it stays paused until somebody decides.
+    Lost,
     /// The guest powered off or was stopped.
     Stopped,
 }
@@ -52,6 +55,9 @@ pub struct VmStatus {
     /// How the guest came back, when it came from a file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restore: Option<RestoreReport>,
+    /// Pages of its memory that are still at the host that it came from; absent when all are here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub missing_pages: Option<u64>,
     /// Milliseconds since this process took the guest.
     pub uptime_ms: u64,
     /// Why the VM left `running`, when it did.

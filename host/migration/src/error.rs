@@ -8,6 +8,7 @@ use crate::protocol::ProtocolError;
 use crate::protocol::lane::LaneMessageError;
 use crate::report::MigrationReport;
 use crate::transport::TransportError;
+use crate::uffd::UffdError;
 
 /// Why a move failed.
 #[derive(Debug, thiserror::Error)]
@@ -15,6 +16,9 @@ pub enum MigrationError {
     /// The connection failed.
     #[error(transparent)]
     Transport(#[from] TransportError),
+    /// Faults of guest memory could not be served.
+    #[error(transparent)]
+    Faults(#[from] UffdError),
     /// The peer, or a file, said something that cannot be.
     #[error(transparent)]
     Protocol(#[from] ProtocolError),
@@ -79,6 +83,15 @@ pub enum MigrationError {
          the guest stays paused here until someone decides"
     )]
     InDoubt,
+    /// The guest was handed over, and cannot get the rest of its memory.
+    #[error(
+        "the guest was handed over before all of its memory, and lost: {cause}; \
+         its memory here stays as it was at the hand-over until someone decides"
+    )]
+    Lost {
+        /// Why.
+        cause: String,
+    },
     /// The destination cannot take this guest.
     #[error("this destination cannot take the guest: {reason}")]
     Refused {
@@ -119,6 +132,9 @@ pub enum Whereabouts {
     PausedHere,
     /// It is paused at the source and may run at the destination.
     InDoubt(Doubt),
+    /// It went to the destination, which cannot get the rest of its memory. The source has it as it
+    /// was at the hand-over, paused; what it did since then is gone.
+    Lost,
 }
 
 /// A move that did not complete: why, where the guest is, and what was measured until then.

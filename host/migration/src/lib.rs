@@ -20,6 +20,7 @@ mod machine;
 mod options;
 pub mod ownership;
 mod pages;
+pub mod postcopy;
 pub mod protocol;
 mod report;
 mod source;
@@ -35,8 +36,10 @@ pub use options::{
     Step, Verification,
 };
 pub use ownership::Doubt;
+pub use postcopy::{Following, Standing};
 pub use report::{
-    DestinationReport, MigrationReport, Outcome, RoundKind, RoundReport, SwitchOverReport,
+    DestinationReport, MigrationReport, Outcome, PostCopyReport, RoundKind, RoundReport,
+    SwitchOverReport,
 };
 pub use source::{Phase, Source, Verdict, resolve};
 pub use uffd::{UffdError, Userfaultfd};

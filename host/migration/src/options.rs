@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::uffd::Userfaultfd;
+
 /// How a guest is moved. All limits have working defaults.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -128,6 +130,8 @@ pub struct DestinationOptions {
     pub max_lanes: u16,
     /// How long a guest that lacks memory waits for a new connection after its own broke.
     pub reconnect_window: Duration,
+    /// Serves faults of guest memory, so that it can follow its guest; or why that cannot be.
+    pub faults: Result<Arc<Userfaultfd>, String>,
     /// Ends the wait from another thread.
     pub cancel: CancelToken,
 }
@@ -140,6 +144,7 @@ impl Default for DestinationOptions {
             preamble_timeout: Duration::from_secs(3),
             max_lanes: 16,
             reconnect_window: Duration::from_secs(300),
+            faults: Err("faults of guest memory are not served here".to_owned()),
             cancel: CancelToken::default(),
         }
     }
@@ -201,4 +206,6 @@ pub enum Step {
     SwitchingOver,
     /// The guest was given away; the destination has not said yet that it runs.
     HandingOver,
+    /// The guest runs at the destination, and the rest of its memory follows.
+    Following,
 }

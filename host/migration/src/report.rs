@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::protocol::message::Arrivals;
+
 /// Everything measured in one attempt to move a guest. Times are milliseconds, sizes bytes.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct MigrationReport {
@@ -45,6 +47,12 @@ pub struct MigrationReport {
     pub verified: Option<bool>,
     /// Hash of RAM at the hand-over, in hexadecimal, when verification was asked for.
     pub ram_hash: Option<String>,
+    /// Why memory could not follow the guest; absent when it could.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub no_post_copy: Option<String>,
+    /// How memory followed the guest, if it did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub post_copy: Option<PostCopyReport>,
 }
 
 /// How a move ended.
@@ -62,6 +70,8 @@ pub enum Outcome {
     Cancelled,
     /// The guest is paused at the source; it may run at the destination.
     InDoubt,
+    /// The guest went to the destination, which cannot get the rest of its memory.
+    Lost,
 }
 
 /// Was the guest running during a round?
@@ -118,6 +128,55 @@ pub struct SwitchOverReport {
     pub running_ms: f64,
     /// Bytes of states.
     pub state_bytes: u64,
+}
+
+/// How memory followed its guest, as both sides counted it.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct PostCopyReport {
+    /// Pages that were missing when the guest changed hands.
+    pub missing_pages: u64,
+    /// Pages that something waited for.
+    pub faults: u64,
+    /// Half of them came within so many microseconds.
+    pub fault_p50_us: u64,
+    /// 99 of 100 did.
+    pub fault_p99_us: u64,
+    /// All did.
+    pub fault_max_us: u64,
+    /// Pages that came because something waited for them.
+    pub urgent_pages: u64,
+    /// Pages that came ahead of their turn, since a neighbour was waited for.
+    pub prefetched_pages: u64,
+    /// All other pages.
+    pub bulk_pages: u64,
+    /// Pages that came although they were there.
+    pub duplicates: u64,
+    /// Bytes of the messages that brought pages.
+    pub bytes: u64,
+    /// Times at which broken connections were made anew.
+    pub recoveries: u32,
+    /// From the start of the guest until every page was there, in milliseconds.
+    pub duration_ms: f64,
+}
+
+impl PostCopyReport {
+    /// What the destination has counted.
+    pub(crate) fn from_arrivals(counts: &Arrivals) -> Self {
+        Self {
+            missing_pages: counts.missing,
+            faults: counts.faults,
+            fault_p50_us: counts.fault_p50_us,
+            fault_p99_us: counts.fault_p99_us,
+            fault_max_us: counts.fault_max_us,
+            urgent_pages: counts.urgent_pages,
+            prefetched_pages: counts.prefetched_pages,
+            bulk_pages: counts.bulk_pages,
+            duplicates: counts.duplicates,
+            bytes: counts.bytes,
+            recoveries: counts.recoveries,
+            duration_ms: counts.duration_us as f64 / 1e3,
+        }
+    }
 }
 
 /// What the destination measured.

@@ -111,6 +111,7 @@ fn message(status: &MigrationStatus) -> String {
     match status.phase {
         MigrationPhase::Copying => format!("round {}, {sent} sent", status.round),
         MigrationPhase::Connecting => "connecting".into(),
+        MigrationPhase::Following => format!("memory follows the guest, {sent} sent"),
         _ => format!("switching over, {sent} sent"),
     }
 }
@@ -126,6 +127,9 @@ fn failure(client: &Client, status: MigrationStatus) -> ApiError {
     match status.phase {
         MigrationPhase::InDoubt => error.with_hint(format!(
             "look at the destination: if the guest runs there, \"dunlin stop {name} --kill\" here; if the destination is dead for certain, \"dunlin resume {name}\""
+        )),
+        MigrationPhase::Lost => error.with_hint(format!(
+            "what the guest did since the hand-over is gone; make sure that the destination does not run it, then \"dunlin resume {name}\" goes on from the hand-over, \"dunlin stop {name}\" gives it up"
         )),
         _ => error.with_hint(format!("the guest goes on here; \"dunlin inspect {name}\" shows it")),
     }

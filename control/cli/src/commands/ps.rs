@@ -76,6 +76,7 @@ pub(super) fn display_state(state: VmState) -> &'static str {
         VmState::Paused => "paused",
         VmState::Moved => "moved",
         VmState::InDoubt => "in doubt",
+        VmState::Lost => "lost",
         VmState::Stopped => "stopped",
     }
 }

@@ -163,6 +163,32 @@ impl PageSet {
         Runs { set: self, from: 0 }
     }
 
+    /// The first page of the set that is not before `from`.
+    pub fn first_from(&self, from: PageIndex) -> Option<PageIndex> {
+        self.find(from.0, true).map(PageIndex)
+    }
+
+    /// The set as a bitmap: page 0 in the lowest bit of the first byte, whole words of 8 bytes.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        self.words.iter().flat_map(|w| w.to_le_bytes()).collect()
+    }
+
+    /// The set over RAM of `pages` pages that [`PageSet::to_bytes`] gave. `None` when `bytes` has
+    /// another length, or names a page outside of RAM.
+    pub fn from_bytes(pages: u64, bytes: &[u8]) -> Option<Self> {
+        let mut set = Self::new(pages);
+        let (words, rest) = bytes.as_chunks();
+        if !rest.is_empty() || words.len() != set.words.len() {
+            return None;
+        }
+        for (word, bytes) in set.words.iter_mut().zip(words) {
+            *word = u64::from_le_bytes(*bytes);
+            set.len += u64::from(word.count_ones());
+        }
+        let beyond = set.words.last().copied().unwrap_or(0) & !set.tail();
+        (beyond == 0).then_some(set)
+    }
+
     /// The words, page 0 in the lowest bit of the first.
     pub(super) fn words(&self) -> &[u64] {
         &self.words
@@ -253,6 +279,19 @@ mod tests {
 
     fn members(set: &PageSet) -> BTreeSet<u64> {
         set.iter().map(|page| page.0).collect()
+    }
+
+    #[test]
+    fn a_bitmap_of_another_ram_is_no_set() {
+        let bytes = PageSet::full(70).to_bytes();
+        assert_eq!(PageSet::from_bytes(70, &bytes), Some(PageSet::full(70)));
+        for pages in [0, 64, 69, 129] {
+            assert_eq!(PageSet::from_bytes(pages, &bytes), None, "{pages}");
+        }
+        assert_eq!(PageSet::from_bytes(70, &bytes[1..]), None);
+        let full = PageSet::full(70);
+        assert_eq!(full.first_from(PageIndex(69)), Some(PageIndex(69)));
+        assert_eq!(full.first_from(PageIndex(70)), None);
     }
 
     #[test]

@@ -100,6 +100,18 @@ impl Inventory {
         let values = hashes.iter().map(|hash| hash.load(Ordering::Relaxed));
         Some(values.fold(0, u64::wrapping_add))
     }
+
+    /// As [`Inventory::hash`], of the pages that are not `missing`.
+    pub(crate) fn hash_without(&self, missing: &PageSet) -> Option<u64> {
+        let hashes = self.hashes.as_ref()?;
+        let known = missing
+            .iter()
+            .filter_map(|page| hashes.get(page.0 as usize));
+        let gone = known.fold(0u64, |sum, hash| {
+            sum.wrapping_add(hash.load(Ordering::Relaxed))
+        });
+        Some(self.hash()?.wrapping_sub(gone))
+    }
 }
 
 #[cfg(test)]

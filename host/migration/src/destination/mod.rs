@@ -3,18 +3,20 @@
 pub(crate) mod custody;
 mod inventory;
 mod lanes;
+mod missing;
 mod preparing;
 mod reception;
 pub(crate) mod session;
 
-use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::error::MigrationError;
 use crate::machine::{DestinationMachine, MachineError};
 use crate::options::{CancelToken, DestinationOptions};
-use crate::protocol::message::Message;
+use crate::postcopy::{Event, Following, Switchboard};
+use crate::protocol::message::{Message, Running};
 use crate::protocol::{Preamble, Purpose, Token};
 use crate::report::DestinationReport;
 use crate::transport::Listener;
@@ -46,6 +48,9 @@ pub struct Arrival<M> {
     pub report: DestinationReport,
     /// Answers a source that asks who owns the guest.
     pub witness: Witness,
+    /// The rest of the guest's memory, when that follows it. The machine must not be saved, and
+    /// its memory not be read past the processor (by its file), before all of it is here.
+    pub following: Option<Following>,
     /// Sessions that failed before this one.
     pub failed_sessions: u32,
 }
@@ -85,6 +90,8 @@ impl Witness {
 pub(crate) struct Visitor {
     pub(crate) preamble: Preamble,
     pub(crate) wire: Wire,
+    /// Who keeps the connection after the guest was started, when its memory follows it.
+    pub(crate) keeper: Option<(SyncSender<Event>, Running)>,
 }
 
 impl Destination {
@@ -113,7 +120,7 @@ impl Destination {
             |guest, visitor| guest.receive(visitor, &mut build),
         )?;
         let Received {
-            guest: (machine, report),
+            guest: (machine, report, following),
             witness,
             failed_sessions,
         } = received;
@@ -121,6 +128,7 @@ impl Destination {
             machine,
             report,
             witness,
+            following,
             failed_sessions,
         })
     }
@@ -142,9 +150,11 @@ impl Destination {
         let stop = CancelToken::new();
         let settled = CancelToken::new();
         let lanes = LaneDoor::default();
+        let switchboard = Switchboard::new();
         let reception = Reception {
             listener,
             lanes: lanes.clone(),
+            switchboard: switchboard.clone(),
             ledger: ledger.clone(),
             purpose,
             visitors,
@@ -156,9 +166,11 @@ impl Destination {
         let host = Host {
             ledger: &ledger,
             lanes: &lanes,
+            switchboard: &switchboard,
+            settled: &settled,
             options: &options,
         };
-        let (guest, wire, failed_sessions) =
+        let (guest, visitor, failed_sessions) =
             match host.wait_for_guest(&door, endurance, &mut session) {
                 Ok(arrival) => arrival,
                 Err(error) => {
@@ -170,7 +182,13 @@ impl Destination {
                 }
             };
         drop(door);
-        spawn_farewell(wire, settled.clone(), stop.clone());
+        match visitor.keeper {
+            // A keeper that is gone has settled all.
+            Some((keeper, running)) => {
+                let _gone = keeper.send(Event::Started(visitor.wire, running));
+            }
+            None => spawn_farewell(visitor.wire, settled.clone(), stop.clone()),
+        }
         Ok(Received {
             guest,
             witness: Witness {
@@ -203,6 +221,8 @@ pub(crate) struct Received<G> {
 pub(crate) struct Host<'a> {
     pub(crate) ledger: &'a Ledger,
     lanes: &'a LaneDoor,
+    switchboard: &'a Switchboard,
+    settled: &'a CancelToken,
     pub(crate) options: &'a DestinationOptions,
 }
 
@@ -212,7 +232,7 @@ impl Host<'_> {
         door: &Receiver<Visitor>,
         endurance: Endurance,
         session: &mut impl FnMut(&Self, &mut Visitor) -> Result<G, MigrationError>,
-    ) -> Result<(G, Wire, u32), MigrationError> {
+    ) -> Result<(G, Visitor, u32), MigrationError> {
         let mut failed = 0;
         loop {
             if self.options.cancel.is_cancelled() {
@@ -230,7 +250,7 @@ impl Host<'_> {
             let token = visitor.preamble.token;
             let peer = visitor.wire.peer().to_owned();
             match session(self, &mut visitor) {
-                Ok(guest) => return Ok((guest, visitor.wire, failed)),
+                Ok(guest) => return Ok((guest, visitor, failed)),
                 Err(error) => {
                     // First the promise, then the words: the source may act on either.
                     self.ledger.relinquish(token);
@@ -263,10 +283,15 @@ impl Host<'_> {
         &self,
         visitor: &mut Visitor,
         build: &mut impl FnMut(&[u8]) -> Result<M, MachineError>,
-    ) -> Result<(M, DestinationReport), MigrationError> {
+    ) -> Result<(M, DestinationReport, Option<Following>), MigrationError> {
         self.begin(visitor)?;
         let token = visitor.preamble.token;
-        Session::begin(&mut visitor.wire, self, token, build)?.run()
+        let came = Session::begin(&mut visitor.wire, self, token, build)?.run()?;
+        let following = came.following.map(|(following, running)| {
+            visitor.keeper = Some((following.events(), running));
+            following
+        });
+        Ok((came.machine, came.report, following))
     }
 }
 

@@ -17,6 +17,7 @@ use super::Visitor;
 use super::custody::Ledger;
 use crate::error::MigrationError;
 use crate::options::CancelToken;
+use crate::postcopy::Switchboard;
 use crate::protocol::message::{Answer, Message, Ownership};
 use crate::protocol::{Kind, Preamble, ProtocolError, Purpose, Token, VERSION};
 use crate::transport::{Listener, Transport};
@@ -32,6 +33,8 @@ const SLICE: Duration = Duration::from_millis(50);
 pub(super) struct Reception {
     pub(super) listener: Listener,
     pub(super) lanes: LaneDoor,
+    /// Where connections of a post-copy go.
+    pub(super) switchboard: Switchboard,
     pub(super) ledger: Ledger,
     /// What a connection must be for to be let through.
     pub(super) purpose: Purpose,
@@ -138,6 +141,7 @@ impl Drop for OpenDoor {
 /// What the thread of one connection needs.
 struct Desk {
     lanes: LaneDoor,
+    switchboard: Switchboard,
     ledger: Ledger,
     purpose: Purpose,
     visitors: SyncSender<Visitor>,
@@ -181,6 +185,7 @@ impl Reception {
             stop,
             settled,
             lanes: _,
+            switchboard: _,
             ledger: _,
             purpose: _,
             preamble_timeout: _,
@@ -204,6 +209,7 @@ impl Reception {
         }
         let desk = Desk {
             lanes: self.lanes.clone(),
+            switchboard: self.switchboard.clone(),
             ledger: self.ledger.clone(),
             purpose: self.purpose,
             visitors: self.visitors.clone(),
@@ -230,6 +236,7 @@ impl Desk {
         let result = match wire.receive_preamble(patience) {
             Ok(preamble) => match preamble.purpose {
                 Purpose::Lane => return self.admit(&preamble, wire, patience),
+                Purpose::PostCopy => return self.connect(&preamble, wire, patience),
                 purpose if purpose == self.purpose => return self.pass_on(preamble, wire),
                 Purpose::Inquiry => self.answer(&preamble, &mut wire),
                 Purpose::Move | Purpose::HandOver | Purpose::File => Err(ProtocolError::Preamble {
@@ -259,7 +266,12 @@ impl Desk {
     }
 
     fn pass_on(&self, preamble: Preamble, wire: Wire) {
-        match self.visitors.try_send(Visitor { preamble, wire }) {
+        let visitor = Visitor {
+            preamble,
+            wire,
+            keeper: None,
+        };
+        match self.visitors.try_send(visitor) {
             Ok(()) => {}
             Err(TrySendError::Full(mut visitor) | TrySendError::Disconnected(mut visitor)) => {
                 let patience = Patience::Until(Instant::now() + self.preamble_timeout);
@@ -270,6 +282,14 @@ impl Desk {
                 }
                 visitor.wire.shutdown();
             }
+        }
+    }
+
+    /// Gives a connection of a post-copy to its session.
+    fn connect(&self, preamble: &Preamble, wire: Wire, patience: Patience) {
+        let peer = wire.peer().to_owned();
+        if let Err(error) = self.switchboard.connect(preamble, wire, patience) {
+            tracing::warn!(peer, error = %error.chain(), "a connection of a post-copy was refused");
         }
     }
 
@@ -316,7 +336,8 @@ impl Desk {
             running,
         };
         wire.send(&Message::Ownership(ownership), patience)?;
-        if answer == Answer::Running && matches!(wire.receive(patience)?, Message::Settled) {
+        // A source whose guest's memory is still to follow leaves it open.
+        if answer == Answer::Running && matches!(wire.receive(patience), Ok(Message::Settled)) {
             self.settled.cancel();
         }
         Ok(())

@@ -8,10 +8,12 @@ use dunlin_guest::{Memory, PageSet};
 use super::Host;
 use super::inventory::Inventory;
 use super::lanes::{Book, Lanes};
+use super::missing::PostCopy;
 use crate::error::MigrationError;
 use crate::machine::{DestinationMachine, MachineError};
 use crate::options::{DestinationOptions, Verification};
 use crate::pages;
+use crate::postcopy::Following;
 use crate::protocol::lane::Counts;
 use crate::protocol::message::{
     Configuration, Prepared, Ready, RoundBegin, RoundEnd, Running, States, Stored,
@@ -30,7 +32,7 @@ const LAST_WORDS: Duration = Duration::from_millis(300);
 /// the page lanes are opened (`Lanes`).
 ///
 /// ```text
-///      Lanes              SwitchOver             States              Commit
+///      Lanes              SwitchOver        (Missing,) States         Commit
 ///  ──────────────▶ Copying ────────▶ Switching ────────▶ Prepared ───────────▶ (runs)
 ///                    ▲ │ ▲               │                   │
 ///    round of pages  └─┘ └──── Back ─────┴──────── Back ─────┘
@@ -38,7 +40,7 @@ const LAST_WORDS: Duration = Duration::from_millis(300);
 ///
 /// Anything else that a stage receives, a damaged frame, silence or the end of the stream end the
 /// session: the machine is dropped, the guest stays with the source. A switch-over holds one
-/// round at most.
+/// round at most, or says which pages are [missing](super::missing): they follow the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
     /// The guest runs at the source.
@@ -57,6 +59,14 @@ impl Stage {
             Self::Prepared(_) => "waiting for the commit",
         }
     }
+}
+
+/// A guest that runs here.
+pub(super) struct Came<M> {
+    pub(super) machine: M,
+    pub(super) report: DestinationReport,
+    /// The rest of its memory, and what the source was told.
+    pub(super) following: Option<(Following, Running)>,
 }
 
 /// A round that has begun and not ended.
@@ -82,6 +92,7 @@ pub(super) struct Session<'a, M> {
     announced: Instant,
     restore: Duration,
     cpu_at_start: f64,
+    post_copy: PostCopy,
     /// When the source was last heard, on whatever connection.
     alive: Instant,
     /// Signs of life of lanes that were seen, and pages that were told.
@@ -113,9 +124,11 @@ impl<'a, M: DestinationMachine> Session<'a, M> {
             .lanes
             .clamp(1, options.max_lanes.max(1).into());
         let opening = host.lanes.open(token, most as u16);
+        let post_copy = PostCopy::new(host, token);
         let ready = Ready {
             incarnation: host.ledger.incarnation().as_bytes().to_vec(),
             lanes: most,
+            no_post_copy: post_copy.refusal(),
         };
         wire.send(&Message::Ready(ready), patience)?;
         let count = match wire.receive(patience)? {
@@ -144,6 +157,7 @@ impl<'a, M: DestinationMachine> Session<'a, M> {
             announced: Instant::now(),
             restore: Duration::ZERO,
             cpu_at_start,
+            post_copy,
             alive: Instant::now(),
             seen: 0,
             told: 0,
@@ -151,7 +165,7 @@ impl<'a, M: DestinationMachine> Session<'a, M> {
     }
 
     /// Takes the guest over. On success it runs here.
-    pub(super) fn run(mut self) -> Result<(M, DestinationReport), MigrationError> {
+    pub(super) fn run(mut self) -> Result<Came<M>, MigrationError> {
         loop {
             match self.wire.receive(Patience::Until(Instant::now() + TICK)) {
                 Ok(message) => {
@@ -226,6 +240,11 @@ impl<'a, M: DestinationMachine> Session<'a, M> {
                 self.stage = Stage::Switching(body.attempt);
                 self.announced = Instant::now();
             }
+            (Message::Missing(body), Stage::Switching(attempt))
+                if self.round.is_none() && body.attempt == attempt =>
+            {
+                self.post_copy.begin(&body, &self.inventory)?;
+            }
             (Message::States(body), Stage::Switching(attempt))
                 if self.round.is_none() && body.attempt == attempt =>
             {
@@ -236,6 +255,7 @@ impl<'a, M: DestinationMachine> Session<'a, M> {
             {
                 self.round = None;
                 self.stage = Stage::Copying;
+                self.post_copy.end();
             }
             (Message::Commit(body), Stage::Prepared(attempt)) if body.attempt == attempt => {
                 return Ok(true);
@@ -340,7 +360,11 @@ impl<'a, M: DestinationMachine> Session<'a, M> {
         log.harvest(&mut changed);
         changed.clear();
         let begun = Instant::now();
-        self.machine.restore(body.states)?;
+        let restored = self.machine.restore(body.states);
+        // When the missing pages stopped coming, restoring found anything, and the source goes on.
+        if !self.post_copy.is_broken() {
+            restored?;
+        }
         self.restore = begun.elapsed();
         log.harvest(&mut changed);
         self.inventory.note_written(&changed);
@@ -356,14 +380,21 @@ impl<'a, M: DestinationMachine> Session<'a, M> {
     }
 
     /// `Commit` came. From the ledger's word on the guest is owned here.
-    fn take_over(mut self) -> Result<(M, DestinationReport), MigrationError> {
-        if !self.host.ledger.commit(self.token) {
+    fn take_over(mut self) -> Result<Came<M>, MigrationError> {
+        if !self.post_copy.own() || !self.host.ledger.commit(self.token) {
             return Err(MigrationError::Refused {
-                reason: "the source took it back before the commit arrived".to_owned(),
+                reason: "the source took it back, or its memory stopped coming, before the commit arrived"
+                    .to_owned(),
             });
         }
+        let following = self.post_copy.keep(self.host)?;
         let begun = Instant::now();
-        self.machine.start()?;
+        if let Err(error) = self.machine.start() {
+            if let Some(following) = following {
+                following.relinquish();
+            }
+            return Err(error.into());
+        }
         let report = DestinationReport {
             restore_ms: self.restore.as_secs_f64() * 1e3,
             start_ms: begun.elapsed().as_secs_f64() * 1e3,
@@ -376,16 +407,25 @@ impl<'a, M: DestinationMachine> Session<'a, M> {
             start_us: (report.start_ms * 1e3) as u64,
             blackout_us: (report.blackout_ms * 1e3) as u64,
             cpu_us: (report.cpu_seconds * 1e6) as u64,
-            hash: self.inventory.hash(),
+            // Memory that follows is hashed when it is here.
+            hash: if following.is_none() {
+                self.inventory.hash()
+            } else {
+                None
+            },
         };
         self.host.ledger.running(self.token, running.clone());
         let patience = self.patience();
         self.wire.set_stops(Vec::new());
-        if let Err(error) = self.wire.send(&Message::Running(running), patience) {
+        if let Err(error) = self.wire.send(&Message::Running(running.clone()), patience) {
             // The source will ask, and the witness will answer.
             tracing::warn!(error = %error.chain(), "the source was not told that the guest runs");
         }
-        Ok((self.machine, report))
+        Ok(Came {
+            machine: self.machine,
+            report,
+            following: following.map(|following| (following, running)),
+        })
     }
 
     fn patience(&self) -> Patience {

@@ -58,7 +58,9 @@ kinds! {
     Configuration = 1, Ready = 2, RoundBegin = 3, Pages = 4, ZeroPages = 5, RoundEnd = 6,
     Stored = 7, SwitchOver = 8, States = 9, Prepared = 10, Back = 11, Commit = 12, Running = 13,
     Settled = 14, Abort = 15, KeepAlive = 16, WhoOwns = 17, Ownership = 18, FileHeader = 19,
-    End = 20, Lanes = 21, Descriptors = 40, Leftovers = 41, PageTable = 45,
+    End = 20, Lanes = 21,
+    Missing = 30, Wanted = 31, Resume = 32, Gone = 33, Complete = 34, Ended = 35,
+    Descriptors = 40, Leftovers = 41, PageTable = 45,
 }
 
 impl Kind {
@@ -66,7 +68,7 @@ impl Kind {
     pub fn max_payload(self) -> u32 {
         match self {
             Self::Configuration | Self::States => MAX_BLOB,
-            Self::FileHeader | Self::Leftovers => MAX_BLOB,
+            Self::FileHeader | Self::Leftovers | Self::Missing => MAX_BLOB,
             Self::Pages => (4 + MAX_PAGES * (super::runs::RUN_LENGTH + 4096)) as u32,
             Self::PageTable => (4 + MAX_EXTENTS * EXTENT_LENGTH) as u32,
             Self::ZeroPages => (4 + MAX_ZERO_RUNS * super::runs::RUN_LENGTH) as u32,

@@ -3,6 +3,7 @@
 use dunlin_guest::SavedState;
 use prost::Message as _;
 
+pub use super::postcopy::{Arrivals, Complete, Ended, Gone, Missing, Resume, Wanted};
 use super::{Kind, ProtocolError};
 
 /// One contiguous range of RAM, as [`dunlin_guest::RamRegion`].
@@ -48,6 +49,9 @@ pub struct Ready {
     /// Page lanes that it takes.
     #[prost(uint32, tag = "2")]
     pub lanes: u32,
+    /// Why pages cannot arrive behind the running guest; absent when they can.
+    #[prost(string, optional, tag = "3")]
+    pub no_post_copy: Option<String>,
 }
 
 /// The page lanes are open.
@@ -315,6 +319,12 @@ pub enum Message {
     Lanes(Lanes),
     Descriptors(Descriptors),
     Leftovers(Leftovers),
+    Missing(Missing),
+    Wanted(Wanted),
+    Resume(Resume),
+    Gone(Gone),
+    Complete(Complete),
+    Ended(Ended),
 }
 
 impl Message {
@@ -342,6 +352,12 @@ impl Message {
             Self::Lanes(_) => Kind::Lanes,
             Self::Descriptors(_) => Kind::Descriptors,
             Self::Leftovers(_) => Kind::Leftovers,
+            Self::Missing(_) => Kind::Missing,
+            Self::Wanted(_) => Kind::Wanted,
+            Self::Resume(_) => Kind::Resume,
+            Self::Gone(_) => Kind::Gone,
+            Self::Complete(_) => Kind::Complete,
+            Self::Ended(_) => Kind::Ended,
         }
     }
 
@@ -367,6 +383,12 @@ impl Message {
             Self::Lanes(body) => body.encode_to_vec(),
             Self::Descriptors(body) => body.encode_to_vec(),
             Self::Leftovers(body) => body.encode_to_vec(),
+            Self::Missing(body) => body.encode_to_vec(),
+            Self::Wanted(body) => body.encode_to_vec(),
+            Self::Resume(body) => body.encode_to_vec(),
+            Self::Gone(body) => body.encode_to_vec(),
+            Self::Complete(body) => body.encode_to_vec(),
+            Self::Ended(body) => body.encode_to_vec(),
         }
     }
 
@@ -404,6 +426,12 @@ impl Message {
             Kind::Lanes => Self::Lanes(body_of(kind, body)?),
             Kind::Descriptors => Self::Descriptors(body_of(kind, body)?),
             Kind::Leftovers => Self::Leftovers(body_of(kind, body)?),
+            Kind::Missing => Self::Missing(body_of(kind, body)?),
+            Kind::Wanted => Self::Wanted(body_of(kind, body)?),
+            Kind::Resume => Self::Resume(body_of(kind, body)?),
+            Kind::Gone => Self::Gone(body_of(kind, body)?),
+            Kind::Complete => Self::Complete(body_of(kind, body)?),
+            Kind::Ended => Self::Ended(body_of(kind, body)?),
             Kind::Pages | Kind::ZeroPages | Kind::PageTable => {
                 return Err(ProtocolError::Unexpected {
                     kind,

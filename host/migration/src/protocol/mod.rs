@@ -29,6 +29,12 @@
 //! | 19 | FileHeader | file | first | what `inspect` shows |
 //! | 20 | End | file | last | how many frames came before |
 //! | 21 | Lanes | source | after 2 | how many page lanes are open |
+//! | 30 | Missing | both | switching, before 9; answer to 32 | the pages that the destination lacks |
+//! | 31 | Wanted | destination | post-copy, on its connection for requests | pages that are waited for |
+//! | 32 | Resume | source | first, on a new control connection of a post-copy | who is meant, how many connections follow |
+//! | 33 | Gone | destination | answer to 32 | the guest is not here |
+//! | 34 | Complete | destination | post-copy | every page is there |
+//! | 35 | Ended | destination | post-copy | the guest needs no more pages |
 //! | 40 | Descriptors | source | hand-over, after 1 | names of the descriptors that come with it |
 //! | 41 | Leftovers | source | hand-over, after 13 | what the machine can have later |
 //! | 45 | PageTable | file | behind the pages | where in the file which pages are, and their checksums |
@@ -70,6 +76,7 @@
 pub mod frame;
 pub mod lane;
 pub mod message;
+mod postcopy;
 pub mod preamble;
 pub mod runs;
 

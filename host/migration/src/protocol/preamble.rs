@@ -4,12 +4,12 @@
 //! |---|---|
 //! | 0..8 | magic, `"DUNLIN\x1aM"` |
 //! | 8..10 | protocol version |
-//! | 10..12 | purpose: 1 move, 2 inquiry, 3 file, 4 page lane, 6 hand-over |
+//! | 10..12 | purpose: 1 move, 2 inquiry, 3 file, 4 page lane, 5 post-copy, 6 hand-over |
 //! | 12..16 | length of the preamble itself: 64 |
 //! | 16..24 | features that the reader must have |
 //! | 24..40 | session token |
-//! | 40..48 | bytes that follow, for a file; 0 on a connection |
-//! | 48..50 | number of a page lane; 0 otherwise |
+//! | 40..48 | bytes that follow, for a file; which set of connections, for a post-copy; else 0 |
+//! | 48..50 | number of a page lane, or of a post-copy's connection; else 0 |
 //! | 50..60 | reserved, zero |
 //! | 60..64 | CRC-32 of bytes 0..60 |
 //!
@@ -87,6 +87,8 @@ pub enum Purpose {
     Lane,
     /// A guest passes to another process of the same host.
     HandOver,
+    /// One of the connections of a post-copy; see [`crate::postcopy`].
+    PostCopy,
 }
 
 /// The preamble, decoded.
@@ -96,9 +98,9 @@ pub struct Preamble {
     pub purpose: Purpose,
     /// The session.
     pub token: Token,
-    /// Bytes that follow, in a file; zero on a connection.
+    /// Bytes that follow, in a file; which set of connections, for a post-copy; else zero.
     pub body_length: u64,
-    /// Number of a page lane; zero otherwise.
+    /// Number of a page lane, or of a post-copy's connection; else zero.
     pub lane: u16,
 }
 
@@ -121,6 +123,7 @@ impl Preamble {
             Purpose::Inquiry => 2,
             Purpose::File => 3,
             Purpose::Lane => 4,
+            Purpose::PostCopy => 5,
             Purpose::HandOver => 6,
         };
         bytes[..8].copy_from_slice(&MAGIC);
@@ -170,6 +173,7 @@ impl Preamble {
             2 => Purpose::Inquiry,
             3 => Purpose::File,
             4 => Purpose::Lane,
+            5 => Purpose::PostCopy,
             6 => Purpose::HandOver,
             _ => return damaged("its purpose is unknown"),
         };

@@ -33,7 +33,7 @@ const FIRST_PINGS: u64 = 3;
 pub(super) struct Attempt<'o, 'p> {
     pub(super) options: &'o MigrationOptions,
     pub(super) cancel: CancelToken,
-    progress: Option<Box<dyn FnMut(Progress) + 'p>>,
+    pub(super) progress: Option<Box<dyn FnMut(Progress) + 'p>>,
     last_progress: Option<Instant>,
     pub(super) wire: Wire,
     pub(super) doubt: Doubt,
@@ -67,6 +67,10 @@ pub(super) struct Attempt<'o, 'p> {
     pub(super) restoring: bool,
     /// The destination's last word on how many pages it has.
     pub(super) confirmed: Confirmed,
+    /// The last set of connections that a post-copy opened.
+    pub(super) generation: u32,
+    /// Bytes of pages that were sent after the guest.
+    pub(super) bytes_after: u64,
     pub(super) started: Instant,
     pub(super) report: MigrationReport,
 }
@@ -110,15 +114,16 @@ impl<'o, 'p> Attempt<'o, 'p> {
         };
         let opened = opening::open(options, &cancel, machine, connector).and_then(|opened| {
             let lanes = Lanes::start(opened.lanes, &surroundings)?;
-            Ok((opened.wire, opened.doubt, lanes))
+            Ok((opened.wire, opened.doubt, lanes, opened.no_post_copy))
         });
         match opened {
-            Ok((wire, doubt, mut lanes)) => {
+            Ok((wire, doubt, mut lanes, no_post_copy)) => {
                 if options.streams.is_none() {
                     lanes.use_lanes(1);
                 }
                 let mut report = start.report;
                 report.streams = lanes.active() as u16;
+                report.no_post_copy = no_post_copy;
                 Ok(Self {
                     options,
                     cancel,
@@ -148,6 +153,8 @@ impl<'o, 'p> Attempt<'o, 'p> {
                         content_pages: 0,
                         at: Instant::now(),
                     },
+                    generation: 0,
+                    bytes_after: 0,
                     started: start.started,
                     report,
                 })
@@ -179,8 +186,10 @@ impl<'o, 'p> Attempt<'o, 'p> {
                     Switched::End(end) => return Ok(end),
                     Switched::TakenBack => self.policy.taken_back(),
                 },
-                // Not reached: `observe` offers no post-copy.
-                Decision::PostCopy => return Err(self.give_up(&now, GiveUp::DidNotConverge)),
+                Decision::PostCopy => match self.post_copy(machine, connector)? {
+                    Switched::End(end) => return Ok(end),
+                    Switched::TakenBack => self.policy.taken_back(),
+                },
                 Decision::GiveUp(why) => return Err(self.give_up(&now, why)),
             }
             self.live_round()?;
@@ -196,7 +205,7 @@ impl<'o, 'p> Attempt<'o, 'p> {
             goodput: self.goodput,
             switch_overs_aborted: self.report.switch_overs_aborted,
             slowdown: self.slowdown,
-            post_copy: false,
+            post_copy: self.no_post_copy().is_none(),
         }
     }
 
@@ -352,7 +361,7 @@ impl<'o, 'p> Attempt<'o, 'p> {
 
     /// Bytes on all connections.
     pub(super) fn bytes_sent(&self) -> u64 {
-        self.wire.bytes_sent() + self.lanes.bytes_sent()
+        self.wire.bytes_sent() + self.lanes.bytes_sent() + self.bytes_after
     }
 
     /// Puts everything that was harvested and not confirmed back into the dirty log.

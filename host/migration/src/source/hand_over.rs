@@ -47,21 +47,7 @@ impl Attempt<'_, '_> {
         connector: &mut dyn Connector,
         pause: Pause,
     ) -> Result<Switched, MigrationError> {
-        self.switch_over += 1;
-        let patience = Patience::Idle(self.options.idle_timeout);
-        let number = Number {
-            attempt: self.switch_over,
-        };
-        self.tell(Step::SwitchingOver, self.next_round, 0, self.pending.len());
-        self.wire.send(&Message::SwitchOver(number), patience)?;
-        self.phase = Phase::Switching;
-        let paused_at = Instant::now();
-        machine.pause()?;
-        self.paused = true;
-        let mut times = SwitchOverReport {
-            stopped_ms: ms(paused_at.elapsed()),
-            ..SwitchOverReport::default()
-        };
+        let (paused_at, mut times) = self.stop_guest(machine)?;
         let limit = self.options.downtime_limit;
         let deadline = (pause == Pause::Limited).then(|| paused_at + limit - self.policy.reserve());
         match self.last_pass(machine, paused_at, deadline, &mut times)? {
@@ -77,6 +63,29 @@ impl Attempt<'_, '_> {
                 Ok(Switched::TakenBack)
             }
         }
+    }
+
+    /// Announces a switch-over and stops the guest; since when it stands still.
+    pub(super) fn stop_guest(
+        &mut self,
+        machine: &mut dyn SourceMachine,
+    ) -> Result<(Instant, SwitchOverReport), MigrationError> {
+        self.switch_over += 1;
+        let patience = Patience::Idle(self.options.idle_timeout);
+        let number = Number {
+            attempt: self.switch_over,
+        };
+        self.tell(Step::SwitchingOver, self.next_round, 0, self.pending.len());
+        self.wire.send(&Message::SwitchOver(number), patience)?;
+        self.phase = Phase::Switching;
+        let paused_at = Instant::now();
+        machine.pause()?;
+        self.paused = true;
+        let times = SwitchOverReport {
+            stopped_ms: ms(paused_at.elapsed()),
+            ..SwitchOverReport::default()
+        };
+        Ok((paused_at, times))
     }
 
     /// Everything between the pause and `Commit`, under the deadline.
@@ -188,7 +197,10 @@ impl Attempt<'_, '_> {
         });
     }
 
-    fn await_prepared(&mut self, patience: Patience) -> Result<Prepared, MigrationError> {
+    pub(super) fn await_prepared(
+        &mut self,
+        patience: Patience,
+    ) -> Result<Prepared, MigrationError> {
         loop {
             match self.wire.receive(patience)? {
                 Message::Prepared(body) if body.attempt == self.switch_over => {
@@ -204,7 +216,7 @@ impl Attempt<'_, '_> {
 
     /// The guest runs on here, and then the destination is told. Its answer to this switch-over
     /// may still come, and is passed over.
-    fn take_back(
+    pub(super) fn take_back(
         &mut self,
         machine: &mut dyn SourceMachine,
         paused_at: Instant,
@@ -290,7 +302,7 @@ impl Attempt<'_, '_> {
     }
 
     /// Writes `Commit` and waits for `Running`.
-    fn commit(&mut self) -> Result<Running, MigrationError> {
+    pub(super) fn commit(&mut self) -> Result<Running, MigrationError> {
         let number = Number {
             attempt: self.switch_over,
         };
@@ -313,19 +325,12 @@ impl Attempt<'_, '_> {
         times: SwitchOverReport,
         running: Running,
     ) {
-        self.report.blackout_ms = Some(ms(paused_at.elapsed()));
         let patience = Patience::Until(Instant::now() + SETTLED_WAIT);
         if let Err(error) = self.wire.send(&Message::Settled, patience) {
             tracing::debug!(error = %error.chain(), "the destination was not told the end");
         }
         self.wire.shutdown();
-        self.report.switch_over = Some(times);
-        self.report.destination = Some(DestinationReport {
-            restore_ms: prepared.restore_us as f64 / 1e3,
-            start_ms: running.start_us as f64 / 1e3,
-            blackout_ms: running.blackout_us as f64 / 1e3,
-            cpu_seconds: running.cpu_us as f64 / 1e6,
-        });
+        self.note_running(paused_at, prepared, times, &running);
         if let Some(round) = self.report.rounds.last_mut() {
             round.kind = RoundKind::Final;
         }
@@ -338,10 +343,28 @@ impl Attempt<'_, '_> {
             }
         }
     }
+
+    /// The destination has said that the guest runs.
+    pub(super) fn note_running(
+        &mut self,
+        paused_at: Instant,
+        prepared: &Prepared,
+        times: SwitchOverReport,
+        running: &Running,
+    ) {
+        self.report.blackout_ms = Some(ms(paused_at.elapsed()));
+        self.report.switch_over = Some(times);
+        self.report.destination = Some(DestinationReport {
+            restore_ms: prepared.restore_us as f64 / 1e3,
+            start_ms: running.start_us as f64 / 1e3,
+            blackout_ms: running.blackout_us as f64 / 1e3,
+            cpu_seconds: running.cpu_us as f64 / 1e6,
+        });
+    }
 }
 
 /// Did the deadline strike?
-fn missed<T>(result: &Result<T, MigrationError>, deadline: Option<Instant>) -> bool {
+pub(super) fn missed<T>(result: &Result<T, MigrationError>, deadline: Option<Instant>) -> bool {
     deadline.is_some()
         && matches!(
             result,

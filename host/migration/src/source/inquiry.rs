@@ -33,7 +33,7 @@ pub enum Verdict {
 pub fn resolve(connector: &mut dyn Connector, doubt: &Doubt, until: Instant) -> Verdict {
     let mut pause = FIRST_PAUSE;
     loop {
-        match ask(connector, doubt) {
+        match ask(connector, doubt, Closing::Settle) {
             Ok((Answer::Running, running)) => return Verdict::RunsThere(running),
             Ok((Answer::Relinquished, _)) => return Verdict::NeverThere,
             Ok((answer, _)) => tracing::debug!(?answer, "the destination does not know yet"),
@@ -53,7 +53,21 @@ pub fn resolve(connector: &mut dyn Connector, doubt: &Doubt, until: Instant) -> 
     }
 }
 
-fn ask(connector: &mut dyn Connector, doubt: &Doubt) -> Result<(Answer, Running), MigrationError> {
+/// What the source says when it learns that the guest runs at the destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Closing {
+    /// That nothing is open any more.
+    Settle,
+    /// Nothing: memory is still to follow.
+    Leave,
+}
+
+/// Asks once.
+pub(crate) fn ask(
+    connector: &mut dyn Connector,
+    doubt: &Doubt,
+    closing: Closing,
+) -> Result<(Answer, Running), MigrationError> {
     let deadline = Instant::now() + QUESTION;
     let patience = Patience::Until(deadline);
     let mut wire = Wire::new(connector.connect(deadline)?);
@@ -80,7 +94,9 @@ fn ask(connector: &mut dyn Connector, doubt: &Doubt) -> Result<(Answer, Running)
     let answer = Answer::try_from(answer).unwrap_or(Answer::Unsaid);
     let running = match (answer, running) {
         (Answer::Running, Some(running)) => {
-            if let Err(error) = wire.send(&Message::Settled, patience) {
+            if closing == Closing::Settle
+                && let Err(error) = wire.send(&Message::Settled, patience)
+            {
                 tracing::debug!(error = %error.chain(), "the destination was not told the end");
             }
             running

@@ -8,6 +8,7 @@ mod lanes;
 pub(crate) mod opening;
 mod packing;
 mod policy;
+mod post_copy;
 mod sent;
 mod squeeze;
 mod throttle;
@@ -16,7 +17,9 @@ mod tuning;
 use std::time::Instant;
 
 use attempt::{Attempt, Start, ms};
+pub(crate) use inquiry::{Closing, ask};
 pub use inquiry::{Verdict, resolve};
+pub(crate) use throttle::Throttle;
 
 use crate::error::{MigrationError, MigrationFailure, Whereabouts};
 use crate::machine::SourceMachine;
@@ -39,6 +42,9 @@ use crate::transport::{Connector, TransportError};
 ///                                                             ├─ runs there ──▶ (moved)
 ///                                                             └─ never there ─▶ (runs here)
 /// ```
+///
+/// In a post-copy `Committed` lasts until the destination has all of the guest's memory: see
+/// [`crate::postcopy`].
 ///
 /// The guest is paused in `Switching` and `Committed`. Until `Committed` the source owns it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,6 +74,7 @@ impl Phase {
 enum End {
     Moved,
     InDoubt(Doubt),
+    Lost(String),
 }
 
 /// Moves a guest away.
@@ -162,6 +169,10 @@ impl<'a> Source<'a> {
                 let guest = Whereabouts::InDoubt(doubt);
                 Err(failure(MigrationError::InDoubt, guest, report))
             }
+            Ok(End::Lost(cause)) => {
+                let error = MigrationError::Lost { cause };
+                Err(failure(error, Whereabouts::Lost, report))
+            }
             Err((error, guest)) => Err(failure(error, guest, report)),
         }
     }
@@ -207,6 +218,7 @@ fn failure(
 ) -> Box<MigrationFailure> {
     report.outcome = match (&error, &guest) {
         (_, Whereabouts::InDoubt(_)) => Outcome::InDoubt,
+        (_, Whereabouts::Lost) => Outcome::Lost,
         (MigrationError::Cancelled, _) => Outcome::Cancelled,
         (MigrationError::DidNotConverge { .. }, _) => Outcome::DidNotConverge,
         _ => Outcome::Failed,

@@ -8,7 +8,7 @@ use dunlin_lane::{PageSender, StreamLane, StreamSender};
 use super::Phase;
 use crate::error::MigrationError;
 use crate::machine::SourceMachine;
-use crate::options::{CancelToken, MigrationOptions, Verification};
+use crate::options::{CancelToken, MigrationOptions, Mode, Verification};
 use crate::ownership::Doubt;
 use crate::protocol::message::{Configuration, Lanes, Ready, Region};
 use crate::protocol::{Kind, Message, Preamble, ProtocolError, Purpose, Token};
@@ -23,6 +23,8 @@ pub(super) struct Opened {
     pub(super) wire: Wire,
     pub(super) doubt: Doubt,
     pub(super) lanes: Vec<Box<dyn PageSender>>,
+    /// Why memory cannot follow the guest there.
+    pub(super) no_post_copy: Option<String>,
 }
 
 /// Reaches the destination, lets it build the machine, and opens the page lanes.
@@ -79,7 +81,31 @@ pub(super) fn open(
         token,
         incarnation: Token::from_bytes(incarnation),
     };
-    Ok(Opened { wire, doubt, lanes })
+    Ok(Opened {
+        wire,
+        doubt,
+        lanes,
+        no_post_copy: no_post_copy(options, ready.no_post_copy),
+    })
+}
+
+/// Why memory cannot follow the guest, and a word about it when it might have.
+fn no_post_copy(options: &MigrationOptions, refused: Option<String>) -> Option<String> {
+    if options.mode == Mode::Pre {
+        return Some("it was not to".to_owned());
+    }
+    let reason = if options.verification == Verification::BeforeHandOver {
+        Some("memory is to be compared before the hand-over".to_owned())
+    } else {
+        refused.map(|reason| format!("the destination cannot: {reason}"))
+    };
+    if let Some(reason) = &reason {
+        tracing::info!(
+            reason,
+            "memory cannot follow the guest: all of it goes before"
+        );
+    }
+    reason
 }
 
 fn ready(wire: &mut Wire, patience: Patience) -> Result<Ready, MigrationError> {

@@ -8,14 +8,14 @@ const BURST: Duration = Duration::from_millis(20);
 /// A token bucket: credit grows with time up to a burst, sending takes from it, and who has
 /// overdrawn waits.
 #[derive(Debug)]
-pub(super) struct Throttle {
+pub(crate) struct Throttle {
     bytes_per_second: Option<f64>,
     credit: f64,
     updated: Instant,
 }
 
 impl Throttle {
-    pub(super) fn new(bytes_per_second: Option<u64>) -> Self {
+    pub(crate) fn new(bytes_per_second: Option<u64>) -> Self {
         Self {
             bytes_per_second: bytes_per_second.map(|rate| rate.max(1) as f64),
             credit: 0.0,
@@ -24,14 +24,14 @@ impl Throttle {
     }
 
     /// Pages in a batch, so that one batch is not much longer than a burst.
-    pub(super) fn batch_pages(&self, most: usize) -> usize {
+    pub(crate) fn batch_pages(&self, most: usize) -> usize {
         self.bytes_per_second.map_or(most, |rate| {
             ((rate * BURST.as_secs_f64()) as usize / crate::pages::PAGE).clamp(1, most)
         })
     }
 
     /// Takes `bytes` from the bucket at `now`; how long to wait before sending them.
-    pub(super) fn take(&mut self, bytes: u64, now: Instant) -> Duration {
+    pub(crate) fn take(&mut self, bytes: u64, now: Instant) -> Duration {
         let Some(rate) = self.bytes_per_second else {
             return Duration::ZERO;
         };

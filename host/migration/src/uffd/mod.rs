@@ -55,6 +55,15 @@ impl UffdError {
     }
 }
 
+/// What can be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ready {
+    /// A fault.
+    pub(crate) fault: bool,
+    /// The other descriptor, or its end.
+    pub(crate) other: bool,
+}
+
 /// A descriptor through which this process serves faults of its own memory.
 #[derive(Debug)]
 pub struct Userfaultfd {
@@ -104,6 +113,11 @@ impl Userfaultfd {
     /// Waits until a fault is to be read, or `other` can be read, or `patience` is over. True for
     /// a fault.
     pub(crate) fn wait(&self, other: RawFd, patience: Duration) -> Result<bool, UffdError> {
+        self.wait_either(other, patience).map(|ready| ready.fault)
+    }
+
+    /// As [`Userfaultfd::wait`]; says what there is of both.
+    pub(crate) fn wait_either(&self, other: RawFd, patience: Duration) -> Result<Ready, UffdError> {
         raw::poll_two(self.fd(), other, patience).map_err(|source| UffdError::Operation {
             action: "wait for a fault",
             source,
@@ -123,10 +137,12 @@ impl Userfaultfd {
 
 /// Waits until something can be read, or `patience` is over.
 pub(crate) fn wait_readable(fd: RawFd, patience: Duration) -> Result<bool, UffdError> {
-    raw::poll_two(fd, fd, patience).map_err(|source| UffdError::Operation {
+    let ready = raw::poll_two(fd, fd, patience);
+    let ready = ready.map_err(|source| UffdError::Operation {
         action: "wait for the disk",
         source,
-    })
+    })?;
+    Ok(ready.fault)
 }
 
 fn by_call() -> io::Result<OwnedFd> {

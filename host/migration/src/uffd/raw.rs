@@ -4,6 +4,8 @@ use std::io;
 use std::os::fd::RawFd;
 use std::time::Duration;
 
+use super::Ready;
+
 /// `UFFD_API`.
 pub(super) const API: u64 = 0xaa;
 /// `UFFD_FEATURE_MISSING_SHMEM`.
@@ -77,8 +79,8 @@ pub(super) fn ioctl<T: Argument>(fd: RawFd, request: u64, argument: &mut T) -> b
     }
 }
 
-/// Waits for either descriptor; true when the first can be read.
-pub(super) fn poll_two(first: RawFd, second: RawFd, patience: Duration) -> io::Result<bool> {
+/// Waits for either descriptor, a fault on the first or anything on the second.
+pub(super) fn poll_two(first: RawFd, second: RawFd, patience: Duration) -> io::Result<Ready> {
     let mut polls = [first, second].map(|fd| libc::pollfd {
         fd,
         events: libc::POLLIN,
@@ -93,12 +95,18 @@ pub(super) fn poll_two(first: RawFd, second: RawFd, patience: Duration) -> io::R
         if error.kind() != io::ErrorKind::Interrupted {
             return Err(error);
         }
-        return Ok(false);
+        return Ok(Ready {
+            fault: false,
+            other: false,
+        });
     }
     if polls[0].revents & (libc::POLLERR | libc::POLLNVAL) != 0 {
         return Err(io::Error::from_raw_os_error(libc::EBADF));
     }
-    Ok(polls[0].revents & libc::POLLIN != 0)
+    Ok(Ready {
+        fault: polls[0].revents & libc::POLLIN != 0,
+        other: polls[1].revents != 0,
+    })
 }
 
 /// Reads pending faults without waiting.

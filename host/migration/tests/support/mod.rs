@@ -528,15 +528,22 @@ pub struct Waiting {
     thread: JoinHandle<Result<Arrival<DestinationSide>, MigrationError>>,
 }
 
-pub fn wait_on(listener: Listener, conduct: Conduct) -> Waiting {
-    let conduct = Arc::new(conduct);
-    let cancel = CancelToken::new();
-    let options = DestinationOptions {
+/// Short waits, and all of memory goes before the guest.
+pub fn destination_options() -> DestinationOptions {
+    DestinationOptions {
         idle_timeout: Duration::from_millis(1500),
         preamble_timeout: Duration::from_millis(1000),
-        cancel: cancel.clone(),
         ..DestinationOptions::default()
-    };
+    }
+}
+
+pub fn wait_on(listener: Listener, conduct: Conduct) -> Waiting {
+    wait_with(listener, conduct, destination_options())
+}
+
+pub fn wait_with(listener: Listener, conduct: Conduct, options: DestinationOptions) -> Waiting {
+    let conduct = Arc::new(conduct);
+    let cancel = options.cancel.clone();
     let theirs = Arc::clone(&conduct);
     let thread = std::thread::spawn(move || {
         Destination::new(listener, options)

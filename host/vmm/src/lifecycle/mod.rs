@@ -359,6 +359,7 @@ impl Lifecycle {
             memory_bytes: config.memory_bytes,
             throttled_percent: self.machine.throttled(),
             restore: self.from_file.as_ref().map(FromFile::report),
+            missing_pages: None,
             uptime_ms: u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX),
             reason: self.ending.as_ref().map(Ending::describe),
         }

@@ -227,6 +227,7 @@ impl Lifecycle {
         let transition = match end.outcome {
             MoveOutcome::Moved => Some(Transition::HandOver),
             MoveOutcome::InDoubt => Some(Transition::Doubt),
+            MoveOutcome::Lost => Some(Transition::Lose),
             MoveOutcome::PausedHere => Some(Transition::Strand),
             // Taken back already, or never suspended.
             MoveOutcome::Here => None,

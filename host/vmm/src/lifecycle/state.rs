@@ -16,7 +16,9 @@ use dunlin_api::{ApiError, ErrorCode};
 ///   Running ────────────► Suspended ─── in doubt ─► InDoubt
 ///                           │                       │ the destination answered after all
 ///                           │ handed over           ▼
-///                           └────────────────────► Moved
+///                           ├────────────────────► Moved
+///                           │ handed over, and lost there
+///                           └────────────────────► Lost ─── claim ──► Running
 ///
 ///   every state ── power-off, stop, failure ──► Stopped
 /// ```
@@ -37,6 +39,9 @@ pub(crate) enum Phase {
     Moved,
     /// It may run elsewhere; it stays stopped until somebody decides.
     InDoubt,
+    /// It went elsewhere before all of its memory, which did not get there; what is here is the
+    /// guest as it was at the hand-over. It stays stopped until somebody decides.
+    Lost,
     /// It has ended.
     Stopped,
 }
@@ -48,7 +53,7 @@ pub(crate) enum Transition {
     Start,
     /// A user's pause.
     Pause,
-    /// A user's resume; in doubt it claims the guest for this side.
+    /// A user's resume; of a guest in doubt or lost elsewhere it claims it for this side.
     Resume,
     /// A move's pause.
     Suspend,
@@ -60,6 +65,8 @@ pub(crate) enum Transition {
     HandOver,
     /// A move broke at the hand-over.
     Doubt,
+    /// A move broke after the hand-over, with memory still here.
+    Lose,
 }
 
 impl Phase {
@@ -69,13 +76,14 @@ impl Phase {
         Ok(match (self, transition) {
             (Self::Created, T::Start) => Self::Running,
             (Self::Running | Self::Paused, T::Pause) => Self::Paused,
-            (Self::Paused | Self::Running | Self::InDoubt, T::Resume) => Self::Running,
+            (Self::Paused | Self::Running | Self::InDoubt | Self::Lost, T::Resume) => Self::Running,
             (Self::Running, T::Suspend) => Self::Suspended,
             (Self::Suspended, T::TakeBack) => Self::Running,
             (Self::Suspended, T::Strand) => Self::Paused,
             (Self::Suspended, T::HandOver) => Self::Moved,
             (Self::InDoubt, T::HandOver) => Self::Moved,
             (Self::Suspended, T::Doubt) => Self::InDoubt,
+            (Self::Suspended, T::Lose) => Self::Lost,
             (from, refused) => return Err(refusal(from, refused)),
         })
     }
@@ -90,6 +98,7 @@ impl Phase {
             Self::Paused => VmState::Paused,
             Self::Moved => VmState::Moved,
             Self::InDoubt => VmState::InDoubt,
+            Self::Lost => VmState::Lost,
             Self::Stopped => VmState::Stopped,
         }
     }
@@ -101,7 +110,7 @@ fn refusal(from: Phase, transition: Transition) -> ApiError {
         Transition::Pause => "pause",
         Transition::Resume => "resume",
         Transition::Suspend | Transition::TakeBack | Transition::Strand => "move",
-        Transition::HandOver | Transition::Doubt => "hand over",
+        Transition::HandOver | Transition::Doubt | Transition::Lose => "hand over",
     };
     let state = match from {
         Phase::Created => "has not started",
@@ -110,6 +119,7 @@ fn refusal(from: Phase, transition: Transition) -> ApiError {
         Phase::Suspended => "is being handed over",
         Phase::Moved => "has moved to another host",
         Phase::InDoubt => "may run on another host",
+        Phase::Lost => "was lost on another host",
         Phase::Stopped => "has ended",
     };
     ApiError::new(
@@ -158,5 +168,14 @@ mod tests {
         assert_eq!(Phase::InDoubt.after(Transition::Resume), Ok(Phase::Running));
         assert!(Phase::InDoubt.after(Transition::TakeBack).is_err());
         assert!(Phase::Running.after(Transition::Doubt).is_err());
+    }
+
+    #[test]
+    fn a_guest_that_was_lost_elsewhere_runs_only_when_claimed() {
+        let lost = Phase::Suspended.after(Transition::Lose);
+        assert_eq!(lost, Ok(Phase::Lost));
+        assert!(Phase::Lost.after(Transition::TakeBack).is_err());
+        assert!(Phase::Lost.after(Transition::Suspend).is_err());
+        assert_eq!(Phase::Lost.after(Transition::Resume), Ok(Phase::Running));
     }
 }

@@ -195,7 +195,8 @@ fn end(
                 | MigrationError::Lane(_)
                 | MigrationError::LaneMessage(_)
                 | MigrationError::Peer { .. }
-                | MigrationError::InDoubt => ErrorCode::Peer,
+                | MigrationError::InDoubt
+                | MigrationError::Lost { .. } => ErrorCode::Peer,
                 _ => ErrorCode::Host,
             };
             MoveEnd {
@@ -203,6 +204,7 @@ fn end(
                     Whereabouts::RunsHere => MoveOutcome::Here,
                     Whereabouts::PausedHere => MoveOutcome::PausedHere,
                     Whereabouts::InDoubt(_) => MoveOutcome::InDoubt,
+                    Whereabouts::Lost => MoveOutcome::Lost,
                 },
                 report: to_api(&failure.report),
                 error: Some(match failure.guest {
@@ -214,7 +216,7 @@ fn end(
                 }),
                 question: match failure.guest {
                     Whereabouts::InDoubt(doubt) => Some(OpenQuestion { to, doubt }),
-                    Whereabouts::RunsHere | Whereabouts::PausedHere => None,
+                    Whereabouts::RunsHere | Whereabouts::PausedHere | Whereabouts::Lost => None,
                 },
             }
         }
@@ -321,6 +323,13 @@ mod tests {
             destination: Some(dunlin_migration::DestinationReport::default()),
             verified: Some(true),
             ram_hash: Some("ab".into()),
+            no_post_copy: Some("cd".into()),
+            post_copy: Some(dunlin_migration::PostCopyReport {
+                missing_pages: 1,
+                recoveries: 2,
+                duration_ms: 3.5,
+                ..dunlin_migration::PostCopyReport::default()
+            }),
             ..dunlin_migration::MigrationReport::default()
         };
         let there = serde_json::to_value(to_api(&report)).unwrap();

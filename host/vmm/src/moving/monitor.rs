@@ -19,6 +19,8 @@ pub(crate) enum MoveOutcome {
     PausedHere,
     /// It is paused here and may run there.
     InDoubt,
+    /// It went there, which cannot get the rest of its memory.
+    Lost,
 }
 
 /// How a move ended.
@@ -91,6 +93,7 @@ impl MoveMonitor {
             Step::Copying => MigrationPhase::Copying,
             Step::SwitchingOver => MigrationPhase::SwitchingOver,
             Step::HandingOver => MigrationPhase::HandingOver,
+            Step::Following => MigrationPhase::Following,
         };
         self.lock().status = MigrationStatus {
             phase,
@@ -130,6 +133,7 @@ impl MoveMonitor {
         state.status.phase = match outcome {
             MoveOutcome::Moved => MigrationPhase::Done,
             MoveOutcome::InDoubt => MigrationPhase::InDoubt,
+            MoveOutcome::Lost => MigrationPhase::Lost,
             MoveOutcome::Here if cancelled => MigrationPhase::Cancelled,
             MoveOutcome::Here | MoveOutcome::PausedHere => MigrationPhase::Failed,
         };
