@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -130,10 +131,19 @@ impl Bed {
     /// Attaches to a console.
     pub(crate) fn console(&self, name: &str) -> Console {
         let socket = self.runtime().join(name).join("console.sock");
-        let stream = UnixStream::connect(&socket).unwrap();
-        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        let mut stream = UnixStream::connect(&socket).unwrap();
+        let (sender, output) = channel();
+        // Read at once: a VM that ends does not wait for long for readers that are busy.
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(count @ 1..) = stream.read(&mut buffer) {
+                if sender.send(buffer[..count].to_vec()).is_err() {
+                    return;
+                }
+            }
+        });
         Console {
-            stream,
+            output,
             text: String::new(),
         }
     }
@@ -176,29 +186,31 @@ impl Drop for Bed {
 
 /// A reader of a console.
 pub(crate) struct Console {
-    stream: UnixStream,
+    output: Receiver<Vec<u8>>,
     text: String,
 }
 
 impl Console {
     /// All that was read so far, at least `count` bytes.
     pub(crate) fn at_least(&mut self, count: usize) -> &str {
-        let mut buffer = [0; 4096];
         while self.text.len() < count {
-            let read = self.stream.read(&mut buffer).unwrap();
-            assert_ne!(read, 0, "the console ended after {:?}", self.text);
-            self.text
-                .push_str(&String::from_utf8_lossy(&buffer[..read]));
+            let Ok(bytes) = self.output.recv_timeout(LIMIT) else {
+                panic!("the console ended or stalled after {:?}", self.text);
+            };
+            self.text.push_str(&String::from_utf8_lossy(&bytes));
         }
         &self.text
     }
 
     /// Reads to the end.
     pub(crate) fn rest(mut self) -> String {
-        let mut bytes = Vec::new();
-        self.stream.read_to_end(&mut bytes).unwrap();
-        self.text.push_str(&String::from_utf8_lossy(&bytes));
-        self.text
+        loop {
+            match self.output.recv_timeout(LIMIT) {
+                Ok(bytes) => self.text.push_str(&String::from_utf8_lossy(&bytes)),
+                Err(RecvTimeoutError::Disconnected) => return self.text,
+                Err(RecvTimeoutError::Timeout) => panic!("the console does not end"),
+            }
+        }
     }
 }
 
