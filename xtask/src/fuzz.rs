@@ -11,12 +11,21 @@ use dunlin_testbed::process;
 /// Arguments of `cargo xtask fuzz`.
 #[derive(Debug, Args)]
 pub(crate) struct FuzzArguments {
-    /// Only this target, e.g. `cpu_code`; all of them, one after the other, without
+    /// Only this target, e.g. `cpu_code`, or those of an area, `migration`; all of them, one after the other, without
     target: Option<String>,
     /// How long each target runs
-    #[arg(long, default_value_t = 60)]
+    #[arg(long, default_value_t = 60, conflicts_with = "minutes")]
     seconds: u32,
+    /// The same in minutes
+    #[arg(long)]
+    minutes: Option<u32>,
 }
+
+/// Targets that belong together: the name of the area, and theirs.
+const AREAS: [(&str, &[&str]); 1] = [(
+    "migration",
+    &["migration_stream", "migration_session", "saved_guest"],
+)];
 
 /// What the fuzzer said of a run.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -45,7 +54,10 @@ pub(crate) fn run(arguments: &FuzzArguments) -> anyhow::Result<()> {
     };
     let list = process::output(&mut fuzz("list"))?;
     let mut targets: Vec<&str> = list.lines().collect();
-    if let Some(target) = arguments.target.as_deref() {
+    let wanted = arguments.target.as_deref();
+    if let Some((_, area)) = AREAS.iter().find(|area| Some(area.0) == wanted) {
+        targets.retain(|target| area.contains(target));
+    } else if let Some(target) = wanted {
         if !targets.contains(&target) {
             bail!(
                 "no fuzz target \"{target}\": there are {}",
@@ -55,6 +67,9 @@ pub(crate) fn run(arguments: &FuzzArguments) -> anyhow::Result<()> {
         targets = vec![target];
     }
     let build = process::target().join("fuzz");
+    let seconds = arguments
+        .minutes
+        .map_or(arguments.seconds, |minutes| minutes.saturating_mul(60));
     let mut failed = Vec::new();
     for target in targets {
         let mut command = fuzz("run");
@@ -71,7 +86,7 @@ pub(crate) fn run(arguments: &FuzzArguments) -> anyhow::Result<()> {
         }
         command
             .arg("--")
-            .arg(format!("-max_total_time={}", arguments.seconds))
+            .arg(format!("-max_total_time={seconds}"))
             .args(["-print_final_stats=1", "-timeout=20", "-len_control=0"]);
         if !run_target(target, &mut command)? {
             failed.push(target);

@@ -133,7 +133,6 @@ impl Owner {
             let _place = guest.place;
             let surroundings = Surroundings {
                 from_file: None,
-                saves: Arc::default(),
                 blueprint: guest.blueprint,
                 inbox,
                 mailbox: others,

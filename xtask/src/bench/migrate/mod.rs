@@ -10,6 +10,7 @@ mod moments;
 mod overload;
 mod qemu;
 mod raw;
+mod recoveries;
 mod sweep;
 mod throughput;
 
@@ -53,7 +54,7 @@ struct Group {
     measure: fn(&Bench) -> anyhow::Result<Vec<Row>>,
 }
 
-const GROUPS: [Group; 12] = [
+const GROUPS: [Group; 13] = [
     Group {
         rows: &[
             ("throughput_plain", "rate ratio to a raw copy"),
@@ -99,6 +100,10 @@ const GROUPS: [Group; 12] = [
             ("fault_p99_us", "us"),
         ],
         measure: overload::above_bandwidth,
+    },
+    Group {
+        rows: &[("recoveries_ok", "moves")],
+        measure: recoveries::run,
     },
     Group {
         rows: &[("handover_p99_ms", "ms")],
