@@ -14,8 +14,11 @@ pub const MIGRATE: &str = "/v1/vm/migrate";
 /// POST [`crate::migration::MigrateRequest`]: what such a move would take; nothing moves. Answers
 /// [`crate::plan::MovePrediction`].
 pub const PREDICTION: &str = "/v1/vm/migration/prediction";
-/// POST [`crate::snapshot::SaveRequest`]: saves the guest and leaves it paused.
+/// POST [`crate::snapshot::SaveRequest`]: saves the guest and leaves it paused, or begins to save
+/// a guest that runs on; answers the status. GET: [`crate::snapshot::SaveStatus`] of the latter.
 pub const SAVE: &str = "/v1/vm/save";
+/// POST: asks the current save of a running guest to end; answers its status.
+pub const SAVE_CANCEL: &str = "/v1/vm/save/cancel";
 /// GET: [`crate::status::ExitReport`].
 pub const EXITS: &str = "/v1/vm/exits";
 /// GET: [`crate::migration::MigrationStatus`].

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::ApiError;
 use crate::config::VmConfig;
 
 /// What a saved file says about its guest.
@@ -40,6 +41,12 @@ pub struct SnapshotComponent {
 pub struct SaveRequest {
     /// The file, which must not exist yet; on the host of the VM's process.
     pub to: PathBuf,
+    /// The guest runs on: it stops for a moment, and the file holds that moment.
+    #[serde(default)]
+    pub live: bool,
+    /// Save a guest that runs on although it writes to disks, which are not in the file.
+    #[serde(default)]
+    pub without_disks: bool,
 }
 
 /// When the pages of a saved guest are read.
@@ -67,4 +74,63 @@ pub struct RestoreReport {
     pub restore_ms: Option<f64>,
     /// Pages that have not been read yet.
     pub pages_missing: u64,
+}
+
+/// What a save took.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SaveReport {
+    /// Bytes of the file.
+    pub file_bytes: u64,
+    /// Bytes of the guest's RAM.
+    pub ram_bytes: u64,
+    /// Pages with content.
+    pub pages: u64,
+    /// Pages of zeros, which take no room.
+    pub zero_pages: u64,
+    /// From the beginning until the file was on disk, in milliseconds.
+    pub total_ms: f64,
+    /// Hash of RAM, in hexadecimal.
+    pub ram_hash: String,
+    /// How long a guest that ran on was stopped, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pause_ms: Option<f64>,
+    /// How often something of a guest that ran on waited for a copy before it could write.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub writers_held: Option<u64>,
+}
+
+/// Where a save of a running guest is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SavePhase {
+    /// There was none.
+    #[default]
+    None,
+    /// The guest runs, and its memory is written.
+    Writing,
+    /// The file is whole and on disk.
+    Done,
+    /// It failed; there is no file.
+    Failed,
+    /// It was cancelled; there is no file.
+    Cancelled,
+}
+
+/// Progress of the current save of a running guest, or the result of the last one.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct SaveStatus {
+    /// Phase.
+    pub phase: SavePhase,
+    /// Pages that are safe from the guest.
+    pub pages_done: u64,
+    /// Pages of RAM.
+    pub pages_total: u64,
+    /// Bytes written so far.
+    pub bytes: u64,
+    /// The report, once done.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub report: Option<SaveReport>,
+    /// Why it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<ApiError>,
 }

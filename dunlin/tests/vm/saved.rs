@@ -115,3 +115,80 @@ fn a_file_is_not_overwritten_and_a_damaged_one_is_refused() {
         assert!(bed.is_empty());
     }
 }
+
+/// Saves a running guest; `None`, said aloud, where the host does not permit that.
+fn save_live(bed: &Bed, path: &str, more: &[&str]) -> Option<serde_json::Value> {
+    let mut arguments = vec!["save", "a", "--to", path, "--live", "--json"];
+    arguments.extend(more);
+    let output = bed.output(&arguments);
+    let value: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let refusal = value["error"]["message"].as_str().unwrap_or_default();
+    if refusal.contains("userfaultfd") {
+        eprintln!("SKIP: {refusal}");
+        return None;
+    }
+    assert!(output.status.success(), "{value}");
+    Some(value)
+}
+
+#[test]
+fn a_guest_that_is_saved_live_runs_on_and_so_does_its_copy() {
+    let bed = Bed::new();
+    bed.run("a", &guest::letters(), &[]);
+    let mut console = bed.console("a");
+    console.at_least(100);
+    let files = ["first", "second"].map(|name| bed.folder().join(name));
+    for (file, copy) in files.iter().zip(["b", "c"]) {
+        let path = file.to_str().unwrap();
+        let Some(report) = save_live(&bed, path, &[]) else {
+            return;
+        };
+        assert_eq!(report["state"], "running", "{report}");
+        assert!(report["pause_ms"].as_f64().unwrap() > 0.0, "{report}");
+        assert!(report["pages"].as_u64().unwrap() > 0, "{report}");
+        bed.json(&["restore", path, "--name", copy, "--detach"]);
+        assert_no_gap(bed.console(copy).at_least(100));
+    }
+    bed.json(&["stop", "a"]);
+    assert_no_gap(&console.rest());
+}
+
+#[test]
+fn a_guest_that_writes_to_disks_is_saved_live_only_when_told() {
+    let bed = Bed::new();
+    let disk = bed.folder().join("disk");
+    std::fs::write(&disk, [0; 1 << 16]).unwrap();
+    bed.run("a", &guest::letters(), &["--disk", disk.to_str().unwrap()]);
+    let file = bed.folder().join("saved");
+    let path = file.to_str().unwrap();
+    let Some(_) = save_live(&bed, path, &["--without-disks"]) else {
+        return;
+    };
+    let other = bed.folder().join("other");
+    let text = bed.fails(&["save", "a", "--to", other.to_str().unwrap(), "--live"]);
+    assert!(
+        text.contains("disk") && text.contains("--without-disks"),
+        "{text}"
+    );
+    assert!(!other.exists());
+    // The disk is still the running guest's.
+    let text = bed.fails(&["restore", path, "--name", "b", "--detach"]);
+    assert!(text.contains("lock") || text.contains("use"), "{text}");
+    bed.console("a").at_least(100);
+}
+
+#[test]
+fn a_guest_that_cannot_be_saved_live_runs_on_or_stays_paused() {
+    let bed = Bed::new();
+    bed.run("a", &guest::letters(), &[]);
+    let nowhere = bed.folder().join("nowhere").join("saved");
+    bed.fails(&["save", "a", "--to", nowhere.to_str().unwrap(), "--live"]);
+    assert_eq!(bed.json(&["ps"])["vms"][0]["state"], "running");
+    bed.console("a").at_least(100);
+    bed.json(&["pause", "a"]);
+    let file = bed.folder().join("saved");
+    let text = bed.fails(&["save", "a", "--to", file.to_str().unwrap(), "--live"]);
+    assert!(text.contains("without --live"), "{text}");
+    assert_eq!(bed.json(&["ps"])["vms"][0]["state"], "paused");
+    assert!(!file.exists());
+}

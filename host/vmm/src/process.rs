@@ -88,6 +88,7 @@ fn live(spec: LaunchSpec, parent: &mut Parent) -> Result<(Ending, VmStatus), Api
     let peers = Peers {
         mailbox: mailbox.clone(),
         monitor: Arc::new(MoveMonitor::new()),
+        saves: Arc::default(),
         console: ConsoleHub::new(),
         waiting: CancelToken::new(),
     };
@@ -111,6 +112,7 @@ fn live(spec: LaunchSpec, parent: &mut Parent) -> Result<(Ending, VmStatus), Api
             inbox,
             mailbox,
             monitor: Arc::clone(&peers.monitor),
+            saves: Arc::clone(&peers.saves),
         };
         let lifecycle = Lifecycle::new(arrived.guest.machine, arrived.phase, surroundings);
         let served = Served {

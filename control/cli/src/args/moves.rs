@@ -21,8 +21,14 @@ pub struct SaveArgs {
     #[arg(long, value_name = "FILE")]
     pub to: PathBuf,
     /// End the VM once it is saved, instead of leaving it paused
-    #[arg(long)]
+    #[arg(long, conflicts_with = "live")]
     pub stop: bool,
+    /// Let the VM run on: it stops for a moment, and the file holds that moment
+    #[arg(long)]
+    pub live: bool,
+    /// With --live, save a VM that writes to disks, although they are not in the file
+    #[arg(long, requires = "live")]
+    pub without_disks: bool,
 }
 
 /// Arguments of `migrate`.

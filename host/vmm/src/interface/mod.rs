@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::console::ConsoleHub;
 use crate::lifecycle::{Mailbox, Message};
-use crate::moving::MoveMonitor;
+use crate::moving::{MoveMonitor, SaveMonitor};
 
 /// How long readers of the console may take for the rest of it when the VM has ended.
 const DRAIN: Duration = Duration::from_secs(2);
@@ -36,6 +36,7 @@ pub(crate) struct Sockets {
 pub(crate) struct Peers {
     pub(crate) mailbox: Mailbox,
     pub(crate) monitor: Arc<MoveMonitor>,
+    pub(crate) saves: Arc<SaveMonitor>,
     pub(crate) console: Arc<ConsoleHub>,
     /// Ends the wait for a guest.
     pub(crate) waiting: CancelToken,

@@ -9,6 +9,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use dunlin_api::migration::MigrationStatus;
+use dunlin_api::snapshot::SaveStatus;
 use dunlin_api::status::ExitReport;
 use dunlin_api::{ApiError, ErrorCode, route};
 use serde::Serialize;
@@ -33,8 +34,9 @@ pub(super) fn router(peers: Peers) -> Router {
         .route(route::STOP, post(|State(p)| ask(p, Message::Stop)))
         .route(
             route::SAVE,
-            post(|State(p), body| ask_with(p, body, Message::Save)),
+            post(|State(p), body| ask_with(p, body, Message::Save)).get(saving),
         )
+        .route(route::SAVE_CANCEL, post(cancel_save))
         .route(
             route::MIGRATE,
             post(|State(p), body| ask_with(p, body, Message::Migrate)),
@@ -112,4 +114,13 @@ async fn migration(State(peers): State<Peers>) -> Answer<MigrationStatus> {
 async fn cancel(State(peers): State<Peers>) -> Answer<MigrationStatus> {
     peers.monitor.cancel();
     Ok(Json(peers.monitor.status()))
+}
+
+async fn saving(State(peers): State<Peers>) -> Answer<SaveStatus> {
+    Ok(Json(peers.saves.status()))
+}
+
+async fn cancel_save(State(peers): State<Peers>) -> Answer<SaveStatus> {
+    peers.saves.cancel();
+    Ok(Json(peers.saves.status()))
 }

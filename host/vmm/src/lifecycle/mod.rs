@@ -11,6 +11,7 @@
 //! answered. A move runs on a thread of its own and asks for the pause like everybody else.
 
 mod requests;
+mod saving;
 mod state;
 
 use std::sync::Arc;
@@ -29,7 +30,7 @@ use tokio::sync::oneshot;
 
 use crate::machine::events::MachineEvent;
 use crate::machine::{Blueprint, Machine};
-use crate::moving::{Faults, FromFile, MoveEnd, MoveMonitor, OpenQuestion};
+use crate::moving::{Faults, FromFile, MoveEnd, MoveMonitor, OpenQuestion, SaveEnd, SaveMonitor};
 use requests::Look;
 pub(crate) use state::{Phase, Transition};
 
@@ -63,6 +64,8 @@ pub(crate) enum Message {
     Move(MoveCall),
     /// A move is over.
     MoveEnded(Box<MoveEnd>),
+    /// A save of the running guest is over.
+    SaveEnded(Box<SaveEnd>),
     /// All pages of a guest from a file are there.
     PagesThere,
     /// Pages of a guest from a file cannot be had; whoever tells wants to know that it was heard.
@@ -77,6 +80,8 @@ pub(crate) enum Message {
 pub(crate) enum MoveCall {
     /// Stop for the hand-over.
     Suspend(Reply<()>),
+    /// Stop for a moment: the guest stays in this process.
+    Freeze(Reply<()>),
     /// Go on: the hand-over is off.
     TakeBack(Reply<()>),
     /// The state of every component.
@@ -161,6 +166,8 @@ pub(crate) struct Lifecycle {
     // Behind the machine, whose parts may touch pages until they have ended.
     from_file: Option<FromFile>,
     moving: Option<JoinHandle<()>>,
+    saves: Arc<SaveMonitor>,
+    saving: Option<JoinHandle<()>>,
     look: Option<Look>,
     since: Instant,
     ending: Option<Ending>,
@@ -180,6 +187,7 @@ pub(crate) struct Surroundings {
     pub(crate) monitor: Arc<MoveMonitor>,
     /// Serves faults of guest memory, or why it cannot.
     pub(crate) faults: Faults,
+    pub(crate) saves: Arc<SaveMonitor>,
     /// How the guest came, when it came from a file.
     pub(crate) from_file: Option<FromFile>,
 }
@@ -193,6 +201,7 @@ impl Lifecycle {
             mailbox,
             monitor,
             faults,
+            saves,
             from_file,
         } = surroundings;
         Self {
@@ -205,6 +214,8 @@ impl Lifecycle {
             faults,
             from_file,
             moving: None,
+            saves,
+            saving: None,
             look: None,
             since: Instant::now(),
             ending: None,
@@ -234,9 +245,9 @@ impl Lifecycle {
 
     /// Serves the mailbox until the VM has ended.
     pub(crate) fn run(mut self) -> (Ending, VmStatus) {
-        // While a move runs its thread holds the guest's memory and may have given it away:
-        // nothing ends before it has said what came of it.
-        while self.ending.is_none() || self.moving.is_some() {
+        // While a move or a save runs its thread holds the guest's memory, and a move may have
+        // given it away: nothing ends before it has said what came of it.
+        while self.ending.is_none() || self.moving.is_some() || self.saving.is_some() {
             match self.next_message() {
                 Some(message) => self.handle(message),
                 None => self.ending = Some(Ending::Moved),
@@ -289,6 +300,7 @@ impl Lifecycle {
             Message::EndLook(reply) => answer(reply, self.end_look()),
             Message::Move(call) => self.serve_move(call),
             Message::MoveEnded(end) => self.move_ended(*end),
+            Message::SaveEnded(end) => self.save_ended(*end),
             Message::PagesThere => self.pages_there(),
             Message::MemoryLost(error, heard) => {
                 let _gone = heard.send(());
@@ -306,6 +318,7 @@ impl Lifecycle {
     fn end(&mut self, ending: Ending) {
         tracing::info!(reason = ending.describe(), "the VM ends");
         self.monitor.cancel();
+        self.saves.cancel();
         // The first reason is the cause of the others.
         self.ending.get_or_insert(ending);
     }
@@ -332,10 +345,11 @@ impl Lifecycle {
         if self.machine.config().on_reboot == OnReboot::Stop {
             return self.end(Ending::Rebooted);
         }
-        if self.moving.is_some() {
-            // The move works on this machine's memory: it must let go first.
+        if self.moving.is_some() || self.saving.is_some() {
+            // It works on this machine's memory: it must let go first.
             self.reset_pending = true;
             self.monitor.cancel();
+            self.saves.cancel();
             return;
         }
         self.reset_pending = false;

@@ -35,17 +35,23 @@ pub(super) fn host(error: &(dyn std::error::Error + 'static)) -> ApiError {
 }
 
 impl Lifecycle {
-    /// Refuses while a move is under way.
-    fn not_moving(&self, action: &str) -> Result<(), ApiError> {
-        if self.moving.is_none() {
+    /// Refuses while a move, or a save of the running guest, is under way.
+    pub(super) fn not_moving(&self, action: &str) -> Result<(), ApiError> {
+        let (what, command) = if self.moving.is_some() {
+            ("moved", "migrate")
+        } else if self.saving.is_some() {
+            ("saved", "save")
+        } else {
             return Ok(());
-        }
+        };
         let name = &self.machine.config().name;
         Err(ApiError::new(
             ErrorCode::Busy,
-            format!("cannot {action} VM \"{name}\": it is being moved"),
+            format!("cannot {action} VM \"{name}\": it is being {what}"),
         )
-        .with_hint("wait for the move to end, or interrupt \"dunlin migrate\" to cancel it"))
+        .with_hint(format!(
+            "wait for that to end, or interrupt \"dunlin {command}\" to cancel it"
+        )))
     }
 
     /// Refuses while pages of a guest from a file are missing: what is not there cannot be sent.
@@ -141,6 +147,9 @@ impl Lifecycle {
         self.not_moving("save")?;
         self.all_pages_are_here("save")?;
         moving::check_target(&request.to)?;
+        if request.live {
+            return self.save_live(request);
+        }
         let ran = self.phase == Phase::Running;
         let status = self.pause()?;
         if let Err(error) = moving::save_to_file(&self.machine, &request.to) {
@@ -179,6 +188,7 @@ impl Lifecycle {
     pub(super) fn serve_move(&mut self, call: MoveCall) {
         match call {
             MoveCall::Suspend(reply) => answer(reply, self.suspend()),
+            MoveCall::Freeze(reply) => answer(reply, self.freeze()),
             MoveCall::TakeBack(reply) => answer(reply, self.take_back()),
             MoveCall::Save(reply) => {
                 let states = self.machine.save();
@@ -192,6 +202,12 @@ impl Lifecycle {
     }
 
     fn suspend(&mut self) -> Result<(), ApiError> {
+        self.freeze()?;
+        self.machine.unlock_disks();
+        Ok(())
+    }
+
+    fn freeze(&mut self) -> Result<(), ApiError> {
         let next = self.phase.after(Transition::Suspend)?;
         let stopped = self.machine.pause(DiskLocks::Keep);
         stopped.map_err(|error| self.run_on(host(&error)))?;
@@ -203,7 +219,6 @@ impl Lifecycle {
                 "the guest is switching itself off",
             ));
         }
-        self.machine.unlock_disks();
         self.phase = next;
         Ok(())
     }
@@ -247,7 +262,7 @@ impl Lifecycle {
     }
 
     /// A guest that does not run asks for nothing: its reset waits until it goes on.
-    fn reset_if_pending(&mut self) {
+    pub(super) fn reset_if_pending(&mut self) {
         if self.reset_pending && self.phase == Phase::Running {
             self.reset();
         }

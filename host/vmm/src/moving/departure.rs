@@ -16,9 +16,8 @@ use dunlin_migration::{
     MigrationOptions, Mode, Slowdown, Source, SourceMachine, Verdict, Verification, Whereabouts,
     resolve,
 };
-use tokio::sync::oneshot;
 
-use super::{MoveEnd, MoveMonitor, MoveOutcome, encode_config, machine_error};
+use super::{MoveEnd, MoveMonitor, MoveOutcome, call, encode_config, machine_error};
 use crate::lifecycle::{Mailbox, Message, MoveCall, Reply};
 use crate::machine::shares;
 
@@ -240,14 +239,9 @@ impl Departure {
     fn call<T>(
         &self,
         action: &'static str,
-        call: impl FnOnce(Reply<T>) -> MoveCall,
+        request: impl FnOnce(Reply<T>) -> MoveCall,
     ) -> Result<T, MachineError> {
-        let (reply, answer) = oneshot::channel();
-        self.mailbox.send(Message::Move(call(reply)));
-        match answer.blocking_recv() {
-            Ok(result) => result.map_err(|error| machine_error(action, error)),
-            Err(gone) => Err(machine_error(action, gone)),
-        }
+        call(&self.mailbox, action, request)
     }
 }
 

@@ -55,7 +55,7 @@ impl SourceMachine for PausedMachine<'_> {
     }
 }
 
-fn refused(action: &str, path: &Path, error: &SnapshotError) -> ApiError {
+pub(super) fn refused(action: &str, path: &Path, error: &SnapshotError) -> ApiError {
     let cause = chain(error);
     let path = path.display();
     ApiError::new(

@@ -4,18 +4,23 @@ mod arrival;
 mod departure;
 mod file;
 mod monitor;
+mod save;
 
 pub(crate) use arrival::{ArrivingMachine, Build};
 pub(crate) use departure::{Departure, OpenQuestion, Throttled, start};
 pub use file::describe_snapshot;
 pub(crate) use file::{FromFile, Wanted, check_target, restore_from_file, save_to_file};
 pub(crate) use monitor::{MoveEnd, MoveMonitor, MoveOutcome};
+pub(crate) use save::{SaveEnd, SaveMonitor, Saving, start as start_save};
 
 use std::sync::Arc;
 
 use dunlin_api::error::chain;
 use dunlin_api::{ApiError, ErrorCode, VmConfig};
 use dunlin_migration::{MachineError, Userfaultfd};
+use tokio::sync::oneshot;
+
+use crate::lifecycle::{Mailbox, Message, MoveCall, Reply};
 
 /// Serves faults of guest memory for this process, or why it cannot. One descriptor for all
 /// uses: guest memory is watched over for one purpose at a time.
@@ -39,6 +44,20 @@ fn machine_error(
     MachineError {
         action,
         source: source.into(),
+    }
+}
+
+/// Asks the lifecycle and waits for its answer.
+fn call<T>(
+    mailbox: &Mailbox,
+    action: &'static str,
+    call: impl FnOnce(Reply<T>) -> MoveCall,
+) -> Result<T, MachineError> {
+    let (reply, answer) = oneshot::channel();
+    mailbox.send(Message::Move(call(reply)));
+    match answer.blocking_recv() {
+        Ok(result) => result.map_err(|error| machine_error(action, error)),
+        Err(gone) => Err(machine_error(action, gone)),
     }
 }
 

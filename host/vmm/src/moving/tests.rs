@@ -133,6 +133,7 @@ impl Owner {
             let _place = guest.place;
             let surroundings = Surroundings {
                 from_file: None,
+                saves: Arc::default(),
                 blueprint: guest.blueprint,
                 inbox,
                 mailbox: others,
