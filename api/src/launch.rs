@@ -12,6 +12,7 @@ use crate::config::{DebugConsoleConfig, EngineChoice, NetConfig, VmConfig};
 use crate::error::ApiError;
 use crate::migration::Endpoint;
 use crate::name::VmName;
+use crate::security::Security;
 use crate::snapshot::Reading;
 use crate::status::VmStatus;
 
@@ -67,6 +68,9 @@ pub enum GuestOrigin {
         /// Silence after which the source counts as lost, in milliseconds.
         #[serde(default)]
         peer_timeout_ms: Option<u64>,
+        /// What protects the connections.
+        #[serde(default)]
+        security: Security,
     },
 }
 

@@ -2,7 +2,8 @@
 //!
 //! - [`name`], [`size`], [`config`]: a VM as the user asked for it, and what is valid;
 //! - [`status`]: what a VM's process tells about itself;
-//! - [`migration`], [`plan`]: asking for a move, what is expected of it, and following it;
+//! - [`migration`], [`plan`], [`security`]: asking for a move, what is expected of it, what protects
+//!   it, and following it;
 //! - [`error`]: how a request is refused;
 //! - [`place`]: the runtime directory with one folder and one API socket per VM;
 //! - [`launch`]: what a parent tells a new VM process, and what it answers;
@@ -21,6 +22,7 @@ pub mod place;
 pub mod plan;
 pub mod probe;
 pub mod route;
+pub mod security;
 pub mod size;
 pub mod snapshot;
 pub mod status;

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::ApiError;
 use crate::plan::{Compression, MoveMode};
+use crate::security::Security;
 
 /// Longest pause of the guest at the hand-over, unless asked otherwise.
 pub const DEFAULT_DOWNTIME_MS: u64 = 50;
@@ -105,6 +106,9 @@ pub struct MigrateRequest {
     /// Silence of the other side after which it counts as lost, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peer_timeout_ms: Option<u64>,
+    /// What protects the connections.
+    #[serde(default, skip_serializing_if = "Security::is_automatic")]
+    pub security: Security,
 }
 
 /// Whether and when both sides compare a hash of all RAM.
@@ -219,7 +223,7 @@ pub struct DestinationReport {
 pub struct MigrationReport {
     /// How it ended.
     pub outcome: Outcome,
-    /// `tcp` or `unix`.
+    /// `tcp`, `tls` or `unix`.
     pub transport: String,
     /// Bytes of the guest's RAM.
     pub ram_bytes: u64,

@@ -11,9 +11,9 @@ use dunlin_api::launch::{
 };
 use dunlin_api::migration::Endpoint;
 use dunlin_api::place::RuntimeDirectory;
+use dunlin_api::security::Security;
 use dunlin_api::status::VmStatus;
 use dunlin_api::{ApiError, ErrorCode, VERSION, VmConfig};
-use dunlin_migration::transport::Listener;
 use dunlin_migration::{CancelToken, Destination, DestinationOptions, MigrationError, Witness};
 
 use crate::console::ConsoleHub;
@@ -233,9 +233,10 @@ fn arrive(arriving: Arriving, peers: &Peers, parent: &mut Parent) -> Result<Arri
             listen,
             overrides,
             peer_timeout_ms,
+            security,
         } => {
             let options = destination_options(peer_timeout_ms, peers.waiting.clone());
-            receive(&build(overrides), &listen, options, parent)
+            receive(&build(overrides), &listen, &security, options, parent)
         }
     }
 }
@@ -293,18 +294,11 @@ fn destination_options(peer_timeout_ms: Option<u64>, cancel: CancelToken) -> Des
 fn receive(
     build: &Build,
     listen: &Endpoint,
+    security: &Security,
     options: DestinationOptions,
     parent: &mut Parent,
 ) -> Result<Arrived, ApiError> {
-    let listener = match listen {
-        Endpoint::Tcp(address) => Listener::tcp(*address),
-        Endpoint::Unix(path) => Listener::unix(path),
-    };
-    let listener = listener.map_err(|error| {
-        // The place that was here before may still answer its source: worth another try.
-        ApiError::from_chain(ErrorCode::Busy, &error)
-            .with_hint("another process may listen there; choose another address")
-    })?;
+    let listener = moving::listener(listen, security)?;
     let endpoint = match listener.tcp_address() {
         Some(address) => Endpoint::Tcp(address),
         None => listen.clone(),

@@ -2,6 +2,7 @@
 
 mod guest;
 mod moves;
+mod security;
 mod switch;
 
 use std::path::PathBuf;
@@ -11,6 +12,7 @@ use dunlin_api::VmName;
 
 pub use guest::{DiskArgument, NetArgument, OnRebootArgument, RestoreArgs, RunArgs};
 pub use moves::{MigrateArgs, ReceiveArgs, SaveArgs};
+pub use security::{CertificatesArgs, HostArgument, TargetArgument, TlsArgument};
 pub use switch::SwitchArgs;
 
 /// Runs, connects and moves virtual machines.
@@ -51,6 +53,8 @@ pub enum Command {
     Migrate(MigrateArgs),
     /// Wait for VMs that move here, and run them
     Receive(ReceiveArgs),
+    /// Make certificates for hosts that VMs move between ("--tls")
+    Certificates(CertificatesArgs),
     /// End a VM
     Stop(StopArgs),
     /// Show a VM's status, exits, dirty rate and last move; or what a saved file holds

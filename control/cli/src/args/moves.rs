@@ -11,6 +11,7 @@ use dunlin_api::size::{parse_duration, parse_size};
 use dunlin_api::{DebugConsoleConfig, VmName};
 
 use super::guest::{EngineArgument, NetArgument};
+use super::security::{TargetArgument, TlsArgument};
 
 /// Arguments of `save`.
 #[derive(Debug, Args)]
@@ -36,9 +37,13 @@ pub struct SaveArgs {
 pub struct MigrateArgs {
     /// The VM's name
     pub name: VmName,
-    /// Where "receive" waits: tcp://ADDRESS:PORT or unix:PATH
+    /// Where "receive" waits: tcp://HOST:PORT or unix:PATH
     #[arg(long, value_name = "ENDPOINT")]
-    pub to: Endpoint,
+    pub to: TargetArgument,
+    /// Encrypt, with ca.pem, cert.pem and key.pem from this folder; "off" sends to other hosts in
+    /// the clear
+    #[arg(long, value_name = "DIR|off")]
+    pub tls: Option<TlsArgument>,
     /// Longest pause of the guest
     #[arg(long, value_name = "TIME", default_value = "50ms", value_parser = parse_duration)]
     pub downtime: Duration,
@@ -180,6 +185,10 @@ pub struct ReceiveArgs {
     /// Where to wait: tcp://ADDRESS:PORT or unix:PATH
     #[arg(long, value_name = "ENDPOINT")]
     pub listen: Endpoint,
+    /// Encrypt, with ca.pem, cert.pem and key.pem from this folder; "off" lets other hosts send in
+    /// the clear
+    #[arg(long, value_name = "DIR|off")]
+    pub tls: Option<TlsArgument>,
     /// Name here, instead of the one at the source
     #[arg(long)]
     pub name: Option<VmName>,

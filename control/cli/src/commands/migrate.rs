@@ -11,6 +11,7 @@ use dunlin_api::{ApiError, ErrorCode, VmName, route};
 use serde::Serialize;
 
 use super::lifecycle::wait_for_end;
+use super::security::{resolve, security};
 use crate::args::MigrateArgs;
 use crate::chart;
 use crate::client::Client;
@@ -32,8 +33,9 @@ struct Moved<'a> {
 /// Moves a VM, and ends the process that it left.
 pub(super) async fn migrate(args: MigrateArgs, printer: &Printer) -> Result<(), CliError> {
     let client = Client::new(&args.name);
+    let (to, host) = resolve(args.to).await?;
     let request = MigrateRequest {
-        to: super::absolute_endpoint(args.to)?,
+        to,
         downtime_ms: milliseconds(args.downtime),
         bandwidth: args.bandwidth,
         max_rounds: args.max_rounds,
@@ -43,6 +45,7 @@ pub(super) async fn migrate(args: MigrateArgs, printer: &Printer) -> Result<(), 
         compression: args.compress.into(),
         timeout_ms: args.timeout.map(milliseconds),
         peer_timeout_ms: Some(milliseconds(args.peer_timeout)),
+        security: security(args.tls, host)?,
     };
     let mut interrupts = Interrupts::listen()?;
     let started: MigrationStatus = client.post(route::MIGRATE, &request).await?;

@@ -1,5 +1,6 @@
 //! What each command does, a file each.
 
+mod certificates;
 mod console;
 mod inspect;
 mod lifecycle;
@@ -9,6 +10,7 @@ mod ps;
 mod receive;
 mod run;
 mod save;
+mod security;
 mod switch;
 mod vm_process;
 
@@ -45,6 +47,7 @@ pub async fn execute(
         Command::Receive(args) => receive::receive(args, printer).await?,
         Command::Inspect(args) => inspect::inspect(&args.what, printer, host).await?,
         Command::Switch(args) => switch::switch(args, printer, host)?,
+        Command::Certificates(args) => certificates::certificates(&args, printer)?,
         Command::Probe => probe::probe(printer, host),
     }
     Ok(ExitCode::SUCCESS)

@@ -5,11 +5,13 @@ use std::time::Duration;
 use dunlin_api::ErrorCode;
 use dunlin_api::launch::{GuestOrigin, LaunchReply, Overrides, Start};
 use dunlin_api::migration::Endpoint;
+use dunlin_api::security::Security;
 use dunlin_api::status::VmStatus;
 use tokio::task::JoinSet;
 
 use super::absolute_endpoint;
 use super::run::{debug_console, nets};
+use super::security::security;
 use crate::args::ReceiveArgs;
 use crate::error::CliError;
 use crate::launch::VmProcess;
@@ -21,6 +23,7 @@ pub(super) async fn receive(args: ReceiveArgs, printer: &Printer) -> Result<(), 
     let mut interrupts = Interrupts::listen()?;
     let mut place = Place {
         listen: absolute_endpoint(args.listen)?,
+        security: security(args.tls, None)?,
         overrides: Overrides {
             name: args.name,
             engine: args.engine.map(Into::into),
@@ -94,6 +97,7 @@ enum Arrival {
 /// Where VMs arrive.
 struct Place {
     listen: Endpoint,
+    security: Security,
     overrides: Overrides,
     peer_timeout_ms: u64,
     taken_before: bool,
@@ -105,6 +109,7 @@ impl Place {
             listen: self.listen.clone(),
             overrides: self.overrides.clone(),
             peer_timeout_ms: Some(self.peer_timeout_ms),
+            security: self.security.clone(),
         };
         VmProcess::start(guest, Start::AtOnce)
     }

@@ -5,18 +5,18 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use dunlin_api::migration::{Endpoint, MigrateRequest, MigrationReport, Verify};
+use dunlin_api::migration::{MigrateRequest, MigrationReport, Verify};
 use dunlin_api::plan::{Compression, MoveMode};
 use dunlin_api::{ApiError, ErrorCode, VmConfig};
 use dunlin_guest::{Authorship, Memory, SavedState};
 use dunlin_hypervisor::Vm;
-use dunlin_migration::transport::{Connector, TcpConnector, UnixConnector};
 use dunlin_migration::{
     Compression as Squeeze, Doubt, MachineError, MigrationError, MigrationFailure,
     MigrationOptions, Mode, Slowdown, Source, SourceMachine, Verdict, Verification, Whereabouts,
     resolve,
 };
 
+use super::security::Route;
 use super::{MoveEnd, MoveMonitor, MoveOutcome, call, encode_config, machine_error};
 use crate::lifecycle::{Mailbox, Message, MoveCall, Reply};
 use crate::machine::shares;
@@ -64,6 +64,7 @@ pub(crate) fn start(
     mut departure: Departure,
     request: MigrateRequest,
 ) -> Result<JoinHandle<()>, ApiError> {
+    let route = Route::new(request.to.clone(), &request.security)?;
     let cancel = departure.monitor.begin();
     let monitor = Arc::clone(&departure.monitor);
     let mailbox = departure.mailbox.clone();
@@ -72,13 +73,13 @@ pub(crate) fn start(
             mailbox,
             end: Some(lost()),
         };
-        let mut connector = connector(&request.to);
+        let mut connector = route.connector();
         let progress = Arc::clone(&departure.monitor);
         let source = Source::new(options(&request))
             .cancel(cancel)
             .progress(move |now| progress.progress(now));
         let result = source.run(&mut departure, &mut *connector);
-        guard.end = Some(end(result, request.to));
+        guard.end = Some(end(result, route));
     };
     std::thread::Builder::new()
         .name("migration".into())
@@ -125,14 +126,14 @@ fn lost() -> MoveEnd {
 /// A guest that was given away without an answer: what is needed to ask again.
 #[derive(Debug, Clone)]
 pub(crate) struct OpenQuestion {
-    to: Endpoint,
+    route: Route,
     doubt: Doubt,
 }
 
 impl OpenQuestion {
     /// Asks the destination, for as long as `patience`, whether it runs the guest.
     pub(crate) fn ask(&self, patience: Duration) -> Verdict {
-        let mut connector = connector(&self.to);
+        let mut connector = self.route.connector();
         resolve(&mut *connector, &self.doubt, Instant::now() + patience)
     }
 }
@@ -168,16 +169,9 @@ fn options(request: &MigrateRequest) -> MigrationOptions {
     }
 }
 
-fn connector(to: &Endpoint) -> Box<dyn Connector> {
-    match to {
-        Endpoint::Tcp(address) => Box::new(TcpConnector::new(*address)),
-        Endpoint::Unix(path) => Box::new(UnixConnector::new(path)),
-    }
-}
-
 fn end(
     result: Result<dunlin_migration::MigrationReport, Box<MigrationFailure>>,
-    to: Endpoint,
+    route: Route,
 ) -> MoveEnd {
     match result {
         Ok(report) => MoveEnd {
@@ -214,7 +208,7 @@ fn end(
                     _ => ApiError::from_chain(code, &*failure),
                 }),
                 question: match failure.guest {
-                    Whereabouts::InDoubt(doubt) => Some(OpenQuestion { to, doubt }),
+                    Whereabouts::InDoubt(doubt) => Some(OpenQuestion { route, doubt }),
                     Whereabouts::RunsHere | Whereabouts::PausedHere | Whereabouts::Lost => None,
                 },
             }

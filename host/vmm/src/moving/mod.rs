@@ -5,6 +5,7 @@ mod departure;
 mod file;
 mod monitor;
 mod save;
+mod security;
 
 pub(crate) use arrival::{ArrivingMachine, Build};
 pub(crate) use departure::{Departure, OpenQuestion, Throttled, start};
@@ -12,6 +13,7 @@ pub use file::describe_snapshot;
 pub(crate) use file::{FromFile, Wanted, check_target, restore_from_file, save_to_file};
 pub(crate) use monitor::{MoveEnd, MoveMonitor, MoveOutcome};
 pub(crate) use save::{SaveEnd, SaveMonitor, Saving, start as start_save};
+pub(crate) use security::listener;
 
 use std::sync::Arc;
 

@@ -24,7 +24,7 @@ use dunlin_guest_migbench::Parameters;
 use super::{Row, print};
 use crate::packages;
 use dunlin_testbed::mover::{Engine, Mover, Setup};
-use dunlin_testbed::process;
+use dunlin_testbed::{hosts, process};
 
 /// Arguments of `cargo xtask bench migrate`.
 #[derive(Debug, Args)]
@@ -254,7 +254,7 @@ impl Bench {
     }
 }
 
-/// Makes certificates for both hosts; returns the folder for `--tls`.
+/// Makes one certificate for both hosts; returns the folder for `--tls`.
 fn certificates(bench: &Bench) -> anyhow::Result<String> {
     let folder = bench.folder.join("certificates");
     if folder.exists() {
@@ -262,6 +262,8 @@ fn certificates(bench: &Bench) -> anyhow::Result<String> {
     }
     let mut command = Command::new(&bench.binary);
     command.args(["certificates", "--to"]).arg(&folder);
+    let [first, second] = [hosts::FIRST, hosts::SECOND].map(|address| address.to_string());
+    command.arg("--host").arg(format!("{first},{second}"));
     process::run(&mut command)?;
-    Ok(folder.display().to_string())
+    Ok(folder.join(first).display().to_string())
 }
