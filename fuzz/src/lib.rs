@@ -4,6 +4,7 @@
 //! A target feeds one input to public interfaces only, the way a guest, a peer or a file would,
 //! and finds panics, accesses out of bounds (by the address sanitizer) and endless work.
 
+pub mod lane;
 pub mod processor;
 pub mod saved;
 pub mod session;

@@ -24,7 +24,12 @@ pub(crate) struct FuzzArguments {
 /// Targets that belong together: the name of the area, and theirs.
 const AREAS: [(&str, &[&str]); 1] = [(
     "migration",
-    &["migration_stream", "migration_session", "saved_guest"],
+    &[
+        "migration_stream",
+        "migration_session",
+        "lane_stream",
+        "saved_guest",
+    ],
 )];
 
 /// What the fuzzer said of a run.
