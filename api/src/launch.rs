@@ -72,6 +72,11 @@ pub enum GuestOrigin {
         #[serde(default)]
         security: Security,
     },
+    /// Another process of this host has it, and hands it over.
+    HandOver {
+        /// The VM's name.
+        name: VmName,
+    },
 }
 
 /// What a destination decides for itself.

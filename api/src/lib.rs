@@ -15,6 +15,7 @@
 
 pub mod config;
 pub mod error;
+pub mod handover;
 pub mod launch;
 pub mod migration;
 pub mod name;

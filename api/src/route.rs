@@ -19,6 +19,9 @@ pub const PREDICTION: &str = "/v1/vm/migration/prediction";
 pub const SAVE: &str = "/v1/vm/save";
 /// POST: asks the current save of a running guest to end; answers its status.
 pub const SAVE_CANCEL: &str = "/v1/vm/save/cancel";
+/// POST [`crate::handover::HandOverRequest`]: hands the guest to another process of this host.
+/// Answers [`crate::handover::HandOverReport`] when that runs it; this process then ends.
+pub const HAND_OVER: &str = "/v1/vm/handover";
 /// GET: [`crate::status::ExitReport`].
 pub const EXITS: &str = "/v1/vm/exits";
 /// GET: [`crate::migration::MigrationStatus`].

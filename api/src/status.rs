@@ -38,6 +38,9 @@ pub struct VmStatus {
     pub name: VmName,
     /// Its process.
     pub pid: u32,
+    /// Version of the program that the process runs.
+    #[serde(default)]
+    pub program: String,
     /// State.
     pub state: VmState,
     /// Engine that runs it, `soft` or `kvm`.
@@ -60,6 +63,9 @@ pub struct VmStatus {
     pub missing_pages: Option<u64>,
     /// Milliseconds since this process took the guest.
     pub uptime_ms: u64,
+    /// The process of this host that the guest was handed over to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub successor: Option<u32>,
     /// Why the VM left `running`, when it did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,

@@ -84,6 +84,16 @@ impl VmProcess {
         Ok(())
     }
 
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Tells a process that waits for a guest to wait no longer. One that has it lives on.
+    pub fn let_go(&mut self) {
+        drop(self.lifeline.take());
+    }
+
     /// Ends the process, gently first.
     pub async fn end(mut self) {
         drop(self.lifeline.take());

@@ -7,6 +7,7 @@
 
 mod baselines;
 mod engines;
+mod handover;
 mod life;
 mod moves;
 mod saved;

@@ -52,6 +52,9 @@ pub enum MigrationError {
         /// The downtime limit.
         limit_ms: f64,
     },
+    /// A guest that was handed over has died with its process.
+    #[error("the new process died with the guest, which it had started")]
+    Gone,
     /// No hand-over to another process of this host was short enough.
     #[error("the hand-over was not done within {limit_ms:.0} ms, {tries} times: the guest runs on")]
     PauseTooLong {

@@ -14,13 +14,13 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use dunlin_migration::handover::{
-    HandOverArrival, HandOverFailure, HandOverOptions, HandOverReport, hand_over,
+    Guest, HandOverArrival, HandOverFailure, HandOverOptions, HandOverReport, hand_over,
 };
 use dunlin_migration::protocol::Kind;
 use dunlin_migration::transport::{Connector, Listener, TcpConnector, UnixConnector};
 use dunlin_migration::{
     CancelToken, Destination, DestinationMachine, DestinationOptions, MigrationError, Outcome,
-    SourceMachine, Whereabouts,
+    SourceMachine,
 };
 use support::proxy::{Fault, Harm, Place, Proxy, Way};
 use support::{Conduct, DestinationSide, Load, SourceSide};
@@ -110,7 +110,7 @@ fn a_guest_goes_on_in_the_same_memory_and_nothing_is_copied() {
     let mut machine = SourceSide::running(LOAD);
     let report = run(&mut machine, &mut *new.connector(), &options()).unwrap();
     assert_eq!(report.outcome, Outcome::Moved);
-    assert_eq!(report.descriptors, ["ram", "extra"]);
+    assert_eq!(report.descriptors, ["ram", "started", "extra"]);
     assert!(report.switch_over.unwrap().state_bytes < LOAD.ram / 4);
     let counted = machine.guest.counter();
     let conduct = Arc::clone(&new.conduct);
@@ -161,7 +161,7 @@ fn survives(fault: Fault) -> Option<bool> {
         }
         Err(failure) => {
             let guest = &failure.guest;
-            assert_eq!(*guest, Whereabouts::RunsHere, "{fault:?}: {failure:?}");
+            assert_eq!(*guest, Guest::RunsHere, "{fault:?}: {failure:?}");
             assert_eq!(new.starts(), 0, "{fault:?}");
             machine.assert_runs_whole();
             false
@@ -244,7 +244,7 @@ fn a_machine_that_writes_memory_while_it_is_restored_is_not_given_the_guest() {
     });
     let mut machine = SourceSide::running(LOAD);
     let failure = run(&mut machine, &mut *new.connector(), &options()).unwrap_err();
-    assert_eq!(failure.guest, Whereabouts::RunsHere);
+    assert_eq!(failure.guest, Guest::RunsHere);
     let text = std::error::Error::source(&*failure).unwrap().to_string();
     assert!(
         text.contains("1 pages of its memory were written"),
@@ -310,7 +310,7 @@ fn a_machine_that_does_not_start_gives_the_guest_back_whole() {
     new.conduct.refuse_start.store(true, Ordering::SeqCst);
     let mut machine = SourceSide::running(LOAD);
     let failure = run(&mut machine, &mut *new.connector(), &options()).unwrap_err();
-    assert_eq!(failure.guest, Whereabouts::RunsHere, "{failure:?}");
+    assert_eq!(failure.guest, Guest::RunsHere, "{failure:?}");
     machine.assert_runs_whole();
     assert!(new.thread.join().unwrap().is_err());
 }
@@ -331,7 +331,7 @@ fn a_stream_without_descriptors_hands_nothing_over() {
     });
     let mut machine = SourceSide::running(LOAD);
     let failure = run(&mut machine, &mut connector, &options()).unwrap_err();
-    assert_eq!(failure.guest, Whereabouts::RunsHere);
+    assert_eq!(failure.guest, Guest::RunsHere);
     machine.assert_runs_whole();
     cancel.cancel();
     assert!(thread.join().unwrap().is_err());

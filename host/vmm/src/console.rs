@@ -39,6 +39,10 @@ struct State {
     ports: Option<Ports>,
     /// The port that input goes to.
     active: ActivePort,
+    /// Input waits: the guest may go on in another process.
+    held: bool,
+    /// Readers that are giving input to a port right now.
+    pushing: usize,
 }
 
 /// The guest's ends of the console.
@@ -103,7 +107,7 @@ pub(crate) struct ConsoleHub {
     state: Mutex<State>,
     news: Notify,
     room: Notify,
-    /// Notified when a reader comes.
+    /// Notified when a reader comes, and when the last push that a hold waits for is done.
     watched: Condvar,
 }
 
@@ -148,6 +152,36 @@ impl ConsoleHub {
         drop(state);
         self.news.notify_waiters();
         self.room.notify_waiters();
+    }
+
+    /// No input reaches the guest from the return on, until [`ConsoleHub::release`]: what would be
+    /// typed into a machine whose state is saved already would be lost.
+    pub(crate) fn hold(&self) {
+        let mut state = self.lock();
+        state.held = true;
+        // A push is a copy: this does not wait for anybody outside.
+        let _poisoned = self.watched.wait_while(state, |state| state.pushing > 0);
+    }
+
+    /// Undoes [`ConsoleHub::hold`].
+    pub(crate) fn release(&self) {
+        self.lock().held = false;
+        self.room.notify_waiters();
+    }
+
+    /// The history, for a process that goes on with the guest.
+    pub(crate) fn history(&self) -> Vec<u8> {
+        self.lock().history.iter().copied().collect()
+    }
+
+    /// Puts what another process's console had before this one's. Before the first reader.
+    pub(crate) fn inherit(&self, history: &[u8]) {
+        let mut state = self.lock();
+        let kept = &history[history.len().saturating_sub(HISTORY - state.history.len())..];
+        for &byte in kept.iter().rev() {
+            state.history.push_front(byte);
+        }
+        state.written += kept.len() as u64;
     }
 
     /// Waits until somebody reads, for `limit` at most.
@@ -221,6 +255,29 @@ impl ConsoleHub {
         }
     }
 
+    /// Gives input to the guest; how much it took. `None` when the console is closed.
+    fn give_input(&self, bytes: &[u8]) -> Option<usize> {
+        // Not under our lock: the port calls back.
+        let (ports, active) = {
+            let mut state = self.lock();
+            if state.closed {
+                return None;
+            }
+            let Some(ports) = state.ports.clone().filter(|_| !state.held) else {
+                return Some(0);
+            };
+            state.pushing += 1;
+            (ports, state.active)
+        };
+        let taken = ports.push(active, bytes);
+        let mut state = self.lock();
+        state.pushing -= 1;
+        if state.held && state.pushing == 0 {
+            self.watched.notify_all();
+        }
+        Some(taken)
+    }
+
     async fn take_input(self: Arc<Self>, mut input: OwnedReadHalf) {
         let mut buffer = [0; 1024];
         loop {
@@ -232,15 +289,9 @@ impl ConsoleHub {
                 let room = self.room.notified();
                 tokio::pin!(room);
                 room.as_mut().enable();
-                // Not under our lock: the port calls back.
-                let (ports, active, closed) = {
-                    let state = self.lock();
-                    (state.ports.clone(), state.active, state.closed)
-                };
-                if closed {
+                let Some(taken) = self.give_input(rest) else {
                     return;
-                }
-                let taken = ports.map_or(0, |ports| ports.push(active, rest));
+                };
                 rest = &rest[taken..];
                 if taken == 0 {
                     room.await;
@@ -288,6 +339,21 @@ mod tests {
             serving.await.unwrap();
             assert!(hub.is_drained());
         });
+    }
+
+    #[test]
+    fn a_console_goes_on_with_the_history_of_another_process() {
+        let (old, new) = (ConsoleHub::new(), ConsoleHub::new());
+        old.write(b"before ");
+        new.write(b"after");
+        new.inherit(&old.history());
+        assert_eq!(new.history(), b"before after");
+        let mut buffer = Vec::new();
+        assert_eq!(new.after(0, &mut buffer), Some(12));
+        assert_eq!(buffer, b"before after");
+        new.inherit(&[b'x'; HISTORY]);
+        assert_eq!(new.lock().history.len(), HISTORY);
+        assert!(new.history().ends_with(b"xbefore after"));
     }
 
     #[test]

@@ -12,6 +12,7 @@
 //! and is the only one that knows them all. Nothing of `control/` may be used here.
 
 mod console;
+mod files;
 mod interface;
 mod isolation;
 mod lifecycle;

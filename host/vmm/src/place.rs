@@ -1,10 +1,14 @@
 //! This process's folder in the runtime directory: claimed by a lock, tidied at the end.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{
+    DirBuilderExt, FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt,
+};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use dunlin_api::VmName;
 use dunlin_api::place::{RuntimeDirectory, VmPlace};
@@ -38,12 +42,14 @@ pub enum PlaceError {
     },
 }
 
-/// A VM's folder, ours until dropped. Dropping it removes what is in it.
+/// A VM's folder, ours until dropped or given away. Dropping it removes what is in it.
 #[derive(Debug)]
 pub(crate) struct ClaimedPlace {
     place: VmPlace,
     /// Holds the lock.
-    _pid: File,
+    pid: File,
+    /// Another process of this host has the folder, and shares the lock.
+    elsewhere: AtomicBool,
 }
 
 impl ClaimedPlace {
@@ -64,7 +70,7 @@ impl ClaimedPlace {
                 source,
             }
         };
-        let mut pid = OpenOptions::new()
+        let pid = OpenOptions::new()
             .create(true)
             .truncate(false)
             .write(true)
@@ -84,9 +90,64 @@ impl ClaimedPlace {
             return Err(PlaceError::Taken { name: name.clone() });
         }
         remove_sockets(place.directory());
-        pid.set_len(0).map_err(failed("write"))?;
-        writeln!(pid, "{}", std::process::id()).map_err(failed("write"))?;
-        Ok(Self { place, _pid: pid })
+        write_pid(&pid).map_err(failed("write"))?;
+        Ok(Self {
+            place,
+            pid,
+            elsewhere: AtomicBool::new(false),
+        })
+    }
+
+    /// The folder of VM `name` that another process of this host has claimed, by its locked file.
+    /// It is that process's until [`ClaimedPlace::take_over`].
+    ///
+    /// # Errors
+    /// [`PlaceError`] when the file is not that folder's.
+    pub(crate) fn adopt(
+        runtime: &RuntimeDirectory,
+        name: &VmName,
+        pid: OwnedFd,
+    ) -> Result<Self, PlaceError> {
+        let place = runtime.vm(name);
+        let path = place.pid_file();
+        let failed = |source| PlaceError::Host {
+            action: "take over",
+            path: path.clone(),
+            source,
+        };
+        let pid = File::from(pid);
+        let [came, here] = [pid.metadata(), fs::metadata(&path)].map(|file| file.map_err(failed));
+        let (came, here) = (came?, here?);
+        if (came.dev(), came.ino()) != (here.dev(), here.ino()) {
+            let reason = "it is not the file that came from the other process";
+            return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, reason)));
+        }
+        // Locked already, as the open file that both processes share.
+        rustix::fs::flock(&pid, FlockOperation::NonBlockingLockExclusive)
+            .map_err(|errno| failed(errno.into()))?;
+        Ok(Self {
+            place,
+            pid,
+            elsewhere: AtomicBool::new(true),
+        })
+    }
+
+    /// The locked file, for another process of this host.
+    pub(crate) fn descriptor(&self) -> io::Result<OwnedFd> {
+        Ok(self.pid.try_clone()?.into())
+    }
+
+    /// Another process goes on with the folder.
+    pub(crate) fn give_away(&self) {
+        self.elsewhere.store(true, Ordering::Release);
+    }
+
+    /// The folder is this process's from now on.
+    pub(crate) fn take_over(&self) {
+        self.elsewhere.store(false, Ordering::Release);
+        if let Err(error) = write_pid(&self.pid) {
+            tracing::warn!(%error, "the folder names another process");
+        }
     }
 
     /// The folder.
@@ -126,6 +187,9 @@ impl ClaimedPlace {
 
 impl Drop for ClaimedPlace {
     fn drop(&mut self) {
+        if self.elsewhere.load(Ordering::Acquire) {
+            return;
+        }
         let place = &self.place;
         remove_sockets(place.directory());
         // The locked file last, so that nobody claims the folder in between.
@@ -135,6 +199,12 @@ impl Drop for ClaimedPlace {
         // Not empty when something else lies there, which is not ours to remove.
         let _not_empty = fs::remove_dir(place.directory());
     }
+}
+
+/// Writes this process's id; the file's position may be shared with another process.
+fn write_pid(file: &File) -> io::Result<()> {
+    file.set_len(0)?;
+    file.write_all_at(format!("{}\n", std::process::id()).as_bytes(), 0)
 }
 
 /// Removes the sockets in a folder: ours at the end, a dead process's at the beginning. One that
@@ -216,5 +286,37 @@ mod tests {
         for path in [runtime.path(), claimed.place().directory()] {
             assert_eq!(fs::metadata(path).unwrap().mode() & 0o777, 0o700);
         }
+    }
+
+    #[test]
+    fn a_folder_passes_to_another_process_and_its_lock_is_never_free() {
+        let folder = tempfile::tempdir().unwrap();
+        let runtime = RuntimeDirectory::at(folder.path().join("run"));
+        let old = ClaimedPlace::claim(&runtime, &name()).unwrap();
+        let copy = old.descriptor().unwrap();
+        let new = ClaimedPlace::adopt(&runtime, &name(), copy).unwrap();
+        // Not given the guest: the folder stays.
+        drop(new);
+        let new = ClaimedPlace::adopt(&runtime, &name(), old.descriptor().unwrap()).unwrap();
+        old.give_away();
+        new.take_over();
+        drop(old);
+        assert!(new.place().pid_file().exists());
+        assert!(matches!(
+            ClaimedPlace::claim(&runtime, &name()),
+            Err(PlaceError::Taken { .. })
+        ));
+        drop(new);
+        ClaimedPlace::claim(&runtime, &name()).unwrap();
+    }
+
+    #[test]
+    fn a_file_of_another_folder_is_not_taken_for_the_claim() {
+        let folder = tempfile::tempdir().unwrap();
+        let runtime = RuntimeDirectory::at(folder.path());
+        let _own = ClaimedPlace::claim(&runtime, &name()).unwrap();
+        let other = ClaimedPlace::claim(&runtime, &"b".parse().unwrap()).unwrap();
+        let file = other.descriptor().unwrap();
+        ClaimedPlace::adopt(&runtime, &name(), file).unwrap_err();
     }
 }

@@ -13,19 +13,20 @@ use dunlin_api::migration::Endpoint;
 use dunlin_api::place::RuntimeDirectory;
 use dunlin_api::security::Security;
 use dunlin_api::status::VmStatus;
-use dunlin_api::{ApiError, ErrorCode, VERSION, VmConfig};
+use dunlin_api::{ApiError, ErrorCode, VERSION, VmConfig, VmName};
+use dunlin_migration::transport::Listener;
 use dunlin_migration::{CancelToken, Destination, DestinationOptions, MigrationError, Witness};
 
 use crate::console::ConsoleHub;
-use crate::interface::{Interface, Peers, Sockets};
+use crate::files::{OpenFiles, ProcessFiles};
+use crate::interface::{Doors, Interface, Peers};
 use crate::isolation;
 use crate::lifecycle::{Ending, Lifecycle, Mailbox, Message, Phase, Surroundings};
 use crate::machine::events::MachineEvents;
 use crate::moving::{
-    self, ArrivingMachine, Build, Faults, FromFile, MoveMonitor, Wanted, encode_config,
-    restore_from_file,
+    self, AdoptedMachine, ArrivingMachine, Build, Faults, FromFile, MoveMonitor, Wanted,
+    encode_config, restore_from_file,
 };
-use crate::place::ClaimedPlace;
 
 /// Is the process of one VM, until the VM has ended.
 pub fn run(spec: LaunchSpec) -> ExitCode {
@@ -91,10 +92,15 @@ fn live(spec: LaunchSpec, parent: &mut Parent) -> Result<(Ending, VmStatus), Api
         saves: Arc::default(),
         console: ConsoleHub::new(),
         waiting: CancelToken::new(),
+        doors: Doors::new(),
     };
     let interface = Interface::start(peers.clone()).map_err(|error| host(&error))?;
     if spec.standard_input == StandardInput::Lifeline {
-        watch_parent(&peers).map_err(|error| host(&error))?;
+        let bond = match spec.guest {
+            GuestOrigin::HandOver { .. } => Bond::UntilArrival,
+            _ => Bond::ForLife,
+        };
+        watch_parent(&peers, bond).map_err(|error| host(&error))?;
     }
     // Before anything foreign is read: a kernel, a peer's words, a saved file.
     isolation::confine().map_err(|error| host(&error))?;
@@ -105,11 +111,19 @@ fn live(spec: LaunchSpec, parent: &mut Parent) -> Result<(Ending, VmStatus), Api
         faults: faults.clone(),
     };
     let result = arrive(arriving, &peers, parent).and_then(|arrived| {
+        let files = arrived.files.map_or_else(
+            || OpenFiles::create(&arrived.guest.place).map_err(|error| host(&error)),
+            Ok,
+        )?;
+        let files = Arc::new(ProcessFiles::new(arrived.guest.place, files));
+        files.take_over();
         let surroundings = Surroundings {
             faults,
             from_file: arrived.from_file,
             blueprint: arrived.guest.blueprint,
             inbox,
+            doors: peers.doors.clone(),
+            files: Arc::clone(&files),
             mailbox,
             monitor: Arc::clone(&peers.monitor),
             saves: Arc::clone(&peers.saves),
@@ -117,7 +131,7 @@ fn live(spec: LaunchSpec, parent: &mut Parent) -> Result<(Ending, VmStatus), Api
         let lifecycle = Lifecycle::new(arrived.guest.machine, arrived.phase, surroundings);
         let served = Served {
             lifecycle,
-            place: &arrived.guest.place,
+            files: &files,
             start: spec.start,
             console: &peers.console,
         };
@@ -126,11 +140,11 @@ fn live(spec: LaunchSpec, parent: &mut Parent) -> Result<(Ending, VmStatus), Api
         if let Some(witness) = arrived.witness {
             settle(&witness);
         }
-        Ok((outcome?, arrived.guest.place))
+        Ok((outcome?, files))
     });
     interface.finish();
-    let (outcome, place) = result?;
-    drop(place);
+    let (outcome, files) = result?;
+    drop(files);
     Ok(outcome)
 }
 
@@ -140,7 +154,7 @@ const ATTACH: Duration = Duration::from_secs(5);
 /// What there is to serve.
 struct Served<'a> {
     lifecycle: Lifecycle,
-    place: &'a ClaimedPlace,
+    files: &'a ProcessFiles,
     start: Start,
     console: &'a ConsoleHub,
 }
@@ -152,16 +166,11 @@ fn serve(
 ) -> Result<(Ending, VmStatus), ApiError> {
     let Served {
         mut lifecycle,
-        place,
+        files,
         start,
         console,
     } = served;
-    let log = place.open_log().map_err(|error| host(&error))?;
-    let listen = |path| ClaimedPlace::listen(path).map_err(|error| host(&error));
-    interface.serve(Sockets {
-        api: listen(&place.place().api_socket())?,
-        console: listen(&place.place().console_socket())?,
-    });
+    interface.serve(files.sockets().map_err(|error| host(&error))?);
     if lifecycle.needs_start() {
         let idle = Instant::now();
         if start == Start::WhenWatched {
@@ -173,7 +182,7 @@ fn serve(
     if start == Start::AtOnce {
         parent.tell(&LaunchReply::Ready(lifecycle.status()));
     }
-    log_to(&log);
+    log_to(files.log());
     Ok(lifecycle.run())
 }
 
@@ -185,6 +194,8 @@ struct Arrived {
     from_file: Option<FromFile>,
     /// Answers a source that does not know yet that the guest runs here.
     witness: Option<Witness>,
+    /// What another process of this host had open.
+    files: Option<OpenFiles>,
 }
 
 /// A guest that is to come.
@@ -227,6 +238,7 @@ fn arrive(arriving: Arriving, peers: &Peers, parent: &mut Parent) -> Result<Arri
                 phase: Phase::Created,
                 from_file: Some(from_file),
                 witness: None,
+                files: None,
             })
         }
         GuestOrigin::Peer {
@@ -238,6 +250,47 @@ fn arrive(arriving: Arriving, peers: &Peers, parent: &mut Parent) -> Result<Arri
             let options = destination_options(peer_timeout_ms, peers.waiting.clone());
             receive(&build(overrides), &listen, &security, options, parent)
         }
+        GuestOrigin::HandOver { name } => {
+            let options = destination_options(None, peers.waiting.clone());
+            take_over(&build(Overrides::default()), &name, options, parent)
+        }
+    }
+}
+
+/// Takes the guest of VM `name` over from the process of this host that has it.
+fn take_over(
+    build: &Build,
+    name: &VmName,
+    options: DestinationOptions,
+    parent: &mut Parent,
+) -> Result<Arrived, ApiError> {
+    let place = build.runtime.vm(name);
+    let socket = format!("handover-{}.sock", std::process::id());
+    let socket = place.directory().join(socket);
+    let listener = Listener::unix_with_descriptors(&socket).map_err(|error| host(&error))?;
+    parent.tell(&LaunchReply::Listening(Endpoint::Unix(socket)));
+    let arrival = Destination::new(listener, options)
+        .accept_hand_over(|configuration, given| build.adopt(name, configuration, given));
+    let arrival = arrival.map_err(|error| not_arrived(&error))?;
+    if let Some(leftovers) = &arrival.leftovers {
+        build.console.inherit(&leftovers.body);
+    }
+    let AdoptedMachine { guest, files } = arrival.machine;
+    Ok(Arrived {
+        guest,
+        phase: Phase::Running,
+        from_file: None,
+        witness: Some(arrival.witness),
+        files: Some(files),
+    })
+}
+
+fn not_arrived(error: &MigrationError) -> ApiError {
+    match error {
+        MigrationError::Cancelled => {
+            ApiError::new(ErrorCode::Cancelled, "told to end before a VM arrived")
+        }
+        error => ApiError::from_chain(ErrorCode::Peer, error),
     }
 }
 
@@ -249,6 +302,7 @@ fn boot(build: &Build, config: &VmConfig) -> Result<Arrived, ApiError> {
         phase: Phase::Created,
         from_file: None,
         witness: None,
+        files: None,
     })
 }
 
@@ -312,12 +366,9 @@ fn receive(
             phase: Phase::Running,
             from_file: None,
             witness: Some(arrival.witness),
+            files: None,
         }),
-        Err(MigrationError::Cancelled) => Err(ApiError::new(
-            ErrorCode::Cancelled,
-            "told to end before a VM arrived",
-        )),
-        Err(error) => Err(ApiError::from_chain(ErrorCode::Peer, &error)),
+        Err(error) => Err(not_arrived(&error)),
     }
 }
 
@@ -333,8 +384,17 @@ fn settle(witness: &Witness) {
     tracing::warn!("the source has not confirmed the move");
 }
 
-/// Ends the VM when the parent is gone and has not let go before.
-fn watch_parent(peers: &Peers) -> io::Result<()> {
+/// What the end of the parent means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Bond {
+    /// The VM's end.
+    ForLife,
+    /// The end of the wait for a guest; one that is here lives on.
+    UntilArrival,
+}
+
+/// Ends the VM, or the wait for it, when the parent is gone and has not let go before.
+fn watch_parent(peers: &Peers, bond: Bond) -> io::Result<()> {
     let peers = peers.clone();
     let watch = move || {
         let mut byte = [0];
@@ -348,7 +408,9 @@ fn watch_parent(peers: &Peers) -> io::Result<()> {
         };
         if !detached {
             peers.waiting.cancel();
-            peers.mailbox.send(Message::End("its parent has ended"));
+            if bond == Bond::ForLife {
+                peers.mailbox.send(Message::End("its parent has ended"));
+            }
         }
     };
     std::thread::Builder::new()

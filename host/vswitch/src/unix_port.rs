@@ -160,15 +160,15 @@ impl UnixPort {
         Ok(port)
     }
 
-    /// Goes on with the socket of a port of another process, which is bound to `local` and may be
-    /// connected. No frame is lost: what waits in the socket waits for this port. Until
+    /// Goes on with the socket of a port of another process, which is bound to a path in `directory`
+    /// and may be connected. No frame is lost: what waits in the socket waits for this port. Until
     /// [`PortSocket::take_back`] its path stays when this port is dropped.
     ///
     /// # Errors
     /// [`PortError`] when it is no such socket, or cannot be watched.
-    pub fn adopt(socket: UnixDatagram, local: &Path, switch: &Path) -> Result<Self, PortError> {
+    pub fn adopt(socket: UnixDatagram, directory: &Path, switch: &Path) -> Result<Self, PortError> {
         let failed = |action| {
-            let port = local.display().to_string();
+            let port = switch.display().to_string();
             move |source| PortError::Io {
                 action,
                 port,
@@ -176,13 +176,12 @@ impl UnixPort {
             }
         };
         let bound = socket.local_addr().map_err(failed("adopt"))?;
-        if bound.as_pathname() != Some(local) {
-            let reason = "the socket that came is bound to another path";
-            return Err(failed("adopt")(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                reason,
-            )));
-        }
+        let local = bound.as_pathname();
+        let Some(local) = local.filter(|path| path.parent() == Some(directory)) else {
+            let reason = "the socket that came is not bound where the port's should be";
+            let error = io::Error::new(io::ErrorKind::InvalidInput, reason);
+            return Err(failed("adopt")(error));
+        };
         socket.set_nonblocking(true).map_err(failed("adopt"))?;
         let mut port = Self::with_socket(socket, local, switch).map_err(failed("watch"))?;
         port.given_away.store(true, Ordering::Release);
@@ -660,7 +659,7 @@ mod tests {
         switch.send_to(&[1; 60], &local).unwrap();
         let socket = old.socket();
         let copy = socket.descriptor().try_clone_to_owned().unwrap();
-        let mut new = UnixPort::adopt(copy.into(), &local, &path).unwrap();
+        let mut new = UnixPort::adopt(copy.into(), directory.path(), &path).unwrap();
         socket.give_away();
         drop(old);
         switch.send_to(&[2; 60], &local).unwrap();
@@ -679,8 +678,9 @@ mod tests {
     fn another_socket_than_the_ports_is_not_adopted() {
         let directory = tempfile::tempdir().unwrap();
         let other = bind_datagram(&directory.path().join("other")).unwrap();
-        let local = directory.path().join("local");
-        let error = UnixPort::adopt(other, &local, &directory.path().join("switch")).unwrap_err();
+        let elsewhere = tempfile::tempdir().unwrap();
+        let switch = directory.path().join("switch");
+        let error = UnixPort::adopt(other, elsewhere.path(), &switch).unwrap_err();
         assert!(std::error::Error::source(&error).is_some());
     }
 }

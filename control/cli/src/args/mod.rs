@@ -11,7 +11,7 @@ use clap::{Args, Parser, Subcommand};
 use dunlin_api::VmName;
 
 pub use guest::{DiskArgument, NetArgument, OnRebootArgument, RestoreArgs, RunArgs};
-pub use moves::{MigrateArgs, ReceiveArgs, SaveArgs};
+pub use moves::{HandOverArgs, MigrateArgs, ReceiveArgs, SaveArgs};
 pub use security::{CertificatesArgs, HostArgument, TargetArgument, TlsArgument};
 pub use switch::SwitchArgs;
 
@@ -51,6 +51,8 @@ pub enum Command {
     Restore(RestoreArgs),
     /// Move a running VM to a place where "receive" waits
     Migrate(MigrateArgs),
+    /// Replace a running VM's process by one of this program, without copying memory
+    Handover(HandOverArgs),
     /// Wait for VMs that move here, and run them
     Receive(ReceiveArgs),
     /// Make certificates for hosts that VMs move between ("--tls")

@@ -179,6 +179,16 @@ impl From<VerifyArgument> for Verify {
     }
 }
 
+/// Arguments of `handover`.
+#[derive(Debug, Args)]
+pub struct HandOverArgs {
+    /// The VM's name
+    pub name: VmName,
+    /// Longest pause of the guest; a hand-over that would take longer is taken back
+    #[arg(long, value_name = "TIME", default_value = "50ms", value_parser = parse_duration)]
+    pub downtime: Duration,
+}
+
 /// Arguments of `receive`.
 #[derive(Debug, Args)]
 pub struct ReceiveArgs {

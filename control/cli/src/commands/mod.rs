@@ -2,6 +2,7 @@
 
 mod certificates;
 mod console;
+mod handover;
 mod inspect;
 mod lifecycle;
 mod migrate;
@@ -44,6 +45,7 @@ pub async fn execute(
         Command::Stop(args) => lifecycle::stop(args, printer).await?,
         Command::Save(args) => save::save(args, printer).await?,
         Command::Migrate(args) => migrate::migrate(args, printer).await?,
+        Command::Handover(args) => handover::hand_over(args, printer).await?,
         Command::Receive(args) => receive::receive(args, printer).await?,
         Command::Inspect(args) => inspect::inspect(&args.what, printer, host).await?,
         Command::Switch(args) => switch::switch(args, printer, host)?,

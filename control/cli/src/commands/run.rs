@@ -196,9 +196,8 @@ async fn foreground(
                 return Err(process.ended());
             };
             let orderly = process.wait()?.success();
-            let reason = last.reason.as_deref().unwrap_or("no reason given");
             printer.result(&last, String::new);
-            printer.note(&format!("{name}: {}", describe(last.state, reason)));
+            printer.note(&format!("{name}: {}", describe(&last)));
             Ok(if orderly {
                 ExitCode::SUCCESS
             } else {
@@ -208,9 +207,15 @@ async fn foreground(
     }
 }
 
-fn describe(state: VmState, reason: &str) -> String {
-    match state {
-        VmState::Moved => format!("moved ({reason})"),
-        _ => format!("stopped ({reason})"),
+fn describe(last: &VmStatus) -> String {
+    let reason = last.reason.as_deref().unwrap_or("no reason given");
+    let name = &last.name;
+    match (last.successor, last.state) {
+        (Some(pid), _) => format!(
+            "handed over, goes on in process {pid}; \"dunlin console {name}\" attaches, \
+             \"dunlin stop {name}\" ends it"
+        ),
+        (None, VmState::Moved) => format!("moved ({reason})"),
+        (None, _) => format!("stopped ({reason})"),
     }
 }

@@ -31,6 +31,19 @@ pub(crate) fn letters() -> Vec<u8> {
     ]
 }
 
+/// Writes the numbers from 0 on to the debug port, round and round.
+pub(crate) fn counts_on_the_debug_port() -> Vec<u8> {
+    vec![
+        0x31, 0xc0, // xor eax, eax
+        0xe6, 0xe9, // out 0xe9, al
+        0xfe, 0xc0, // inc al
+        0xb9, 0x00, 0x10, 0, 0,    // mov ecx, 0x1000
+        0x49, // dec ecx
+        0x75, 0xfd, // jnz -3
+        0xeb, 0xf2, // jmp to out
+    ]
+}
+
 /// Prints `R` and resets itself by ACPI.
 pub(crate) fn reboots() -> Vec<u8> {
     let mut code = out_byte(0x3f8, b'R');

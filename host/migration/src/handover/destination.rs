@@ -1,10 +1,12 @@
 //! The process that the guest is handed to.
 
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use dunlin_guest::PageSet;
 
-use super::{Descriptors, Leftovers};
+use super::{Descriptors, Leftovers, STARTED};
 use crate::destination::custody::Ledger;
 use crate::destination::session::check_ram;
 use crate::destination::{Destination, Endurance, Host, Received, Visitor, Witness};
@@ -105,6 +107,8 @@ struct Session<'a, M> {
     options: &'a DestinationOptions,
     token: Token,
     machine: M,
+    /// Where to leave the mark that the guest was started.
+    mark: UnixStream,
     stage: Stage,
     last_attempt: u32,
     announced: Instant,
@@ -136,7 +140,12 @@ impl<'a, M: DestinationMachine> Session<'a, M> {
             Message::Descriptors(body) => body.names,
             other => return Err(unexpected(&other, "waiting for descriptors").into()),
         };
-        let descriptors = Descriptors::pair(Kind::Descriptors, names, wire.take_descriptors())?;
+        let came = wire.take_descriptors();
+        let mut descriptors = Descriptors::pair(Kind::Descriptors, names, came)?;
+        let Some(mark) = descriptors.take(STARTED) else {
+            let reason = "there is no place for the mark of a guest that was started";
+            return Err(ProtocolError::invalid(Kind::Descriptors, reason).into());
+        };
         let machine = build_machine(&configuration, descriptors, build)?;
         let incarnation = host.ledger.incarnation().as_bytes().to_vec();
         let ready = Ready {
@@ -150,6 +159,7 @@ impl<'a, M: DestinationMachine> Session<'a, M> {
             options,
             token,
             machine,
+            mark: mark.into(),
             stage: Stage::Waiting,
             last_attempt: 0,
             announced: Instant::now(),
@@ -220,6 +230,8 @@ impl<'a, M: DestinationMachine> Session<'a, M> {
             });
         }
         let begun = Instant::now();
+        // When the old process is gone, nobody will look for it.
+        let _gone = self.mark.write(&[1]);
         self.machine.start()?;
         let report = DestinationReport {
             restore_ms: self.restore.as_secs_f64() * 1e3,

@@ -22,9 +22,16 @@
 //! written by [`DestinationMachine::start`](crate::DestinationMachine::start). The session checks
 //! the dirty log for that before it says `Prepared`.
 //!
+//! One thing differs. In a move a dead destination costs what the guest did since its start there,
+//! and the source resumes it from the memory that it kept. Here there is one memory: once the guest
+//! has run in the new process, the old one's states do not fit it any more. So the new process
+//! leaves a mark, in a socket that both have, before it starts the guest. When it is found dead
+//! without the mark, the old process resumes; with the mark the guest has died with it
+//! ([`Guest::Gone`]), as it would have with the old process on any other day.
+//!
 //! Everything that takes long is done before the pause. What can wait until the guest runs, such as
 //! the console's history, follows as [`Leftovers`](crate::protocol::message::Leftovers).
-//! `docs/adr/0005-hand-over-on-one-host.md` has the reasons.
+//! `docs/adr/0008-hand-over-on-one-host.md` has the reasons.
 
 mod destination;
 mod source;
@@ -34,8 +41,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{MigrationError, Whereabouts};
+use crate::error::MigrationError;
 use crate::machine::{MachineError, SourceMachine};
+use crate::ownership::Doubt;
 use crate::protocol::{Kind, ProtocolError};
 use crate::report::{DestinationReport, Outcome, SwitchOverReport};
 
@@ -44,6 +52,9 @@ pub use source::hand_over;
 
 /// Name of the descriptor of guest RAM.
 pub const RAM: &str = "ram";
+
+/// Name of the socket that holds the mark of a guest that was started.
+const STARTED: &str = "started";
 
 /// Longest name of a descriptor.
 const MAX_NAME: usize = 64;
@@ -175,6 +186,19 @@ pub struct HandOverReport {
     pub total_ms: f64,
 }
 
+/// Where a guest is after a hand-over that did not complete.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Guest {
+    /// It runs in the old process as before.
+    RunsHere,
+    /// It is in the old process, but the machine did not resume: see the error.
+    PausedHere,
+    /// It is paused in the old process and may run in the new one.
+    InDoubt(Doubt),
+    /// It ran in the new process, and ended with it.
+    Gone,
+}
+
 /// A hand-over that did not complete: why, where the guest is, and what was measured until then.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to hand the guest over")]
@@ -183,7 +207,7 @@ pub struct HandOverFailure {
     #[source]
     pub error: MigrationError,
     /// Where the guest is now.
-    pub guest: Whereabouts,
+    pub guest: Guest,
     /// What was measured.
     pub report: HandOverReport,
 }

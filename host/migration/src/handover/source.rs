@@ -1,12 +1,14 @@
 //! The process that has the guest.
 
+use std::io::Read;
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use super::{
-    DepartingMachine, Descriptors, HandOverFailure, HandOverOptions, HandOverReport, Leftovers,
-    RAM, host, ms,
+    DepartingMachine, Descriptors, Guest, HandOverFailure, HandOverOptions, HandOverReport,
+    Leftovers, RAM, STARTED, host, ms,
 };
-use crate::error::{MigrationError, Whereabouts};
+use crate::error::MigrationError;
 use crate::machine::MachineError;
 use crate::options::CancelToken;
 use crate::ownership::Doubt;
@@ -30,6 +32,7 @@ const FAREWELL: Duration = Duration::from_millis(500);
 enum End {
     HandedOver,
     InDoubt(Doubt),
+    Gone,
 }
 
 /// What became of a pause.
@@ -44,6 +47,8 @@ struct Session<'a> {
     cancel: CancelToken,
     wire: Wire,
     doubt: Doubt,
+    /// Holds a byte once the new process was about to start the guest.
+    mark: UnixStream,
     /// Is the guest stopped?
     paused: bool,
     /// Number of the pause, from 1.
@@ -72,11 +77,11 @@ pub fn hand_over(
     };
     let greeted = greet(machine, connector, options, &cancel, &mut report);
     report.built_ms = ms(started.elapsed());
-    let (wire, doubt) = match greeted {
+    let (wire, doubt, mark) = match greeted {
         Ok(greeted) => greeted,
         Err(error) => {
             report.total_ms = report.built_ms;
-            return Err(failure(error, Whereabouts::RunsHere, report));
+            return Err(failure(error, Guest::RunsHere, report));
         }
     };
     let mut session = Session {
@@ -84,6 +89,7 @@ pub fn hand_over(
         cancel,
         wire,
         doubt,
+        mark,
         paused: false,
         number: 0,
         started,
@@ -101,9 +107,10 @@ pub fn hand_over(
             report.outcome = Outcome::Moved;
             Ok(report)
         }
+        Ok(End::Gone) => Err(failure(MigrationError::Gone, Guest::Gone, report)),
         Ok(End::InDoubt(doubt)) => Err(failure(
             MigrationError::InDoubt,
-            Whereabouts::InDoubt(doubt),
+            Guest::InDoubt(doubt),
             report,
         )),
         Err((error, guest)) => Err(failure(error, guest, report)),
@@ -112,7 +119,7 @@ pub fn hand_over(
 
 fn failure(
     error: MigrationError,
-    guest: Whereabouts,
+    guest: Guest,
     mut report: HandOverReport,
 ) -> Box<HandOverFailure> {
     // The only token that stops the waits is the cancel token.
@@ -121,7 +128,7 @@ fn failure(
         error => error,
     };
     report.outcome = match (&error, &guest) {
-        (_, Whereabouts::InDoubt(_)) => Outcome::InDoubt,
+        (_, Guest::InDoubt(_)) => Outcome::InDoubt,
         (MigrationError::Cancelled, _) => Outcome::Cancelled,
         _ => Outcome::Failed,
     };
@@ -139,7 +146,7 @@ fn greet(
     options: &HandOverOptions,
     cancel: &CancelToken,
     report: &mut HandOverReport,
-) -> Result<(Wire, Doubt), MigrationError> {
+) -> Result<(Wire, Doubt, UnixStream), MigrationError> {
     let token = Token::random().map_err(host("random numbers"))?;
     let deadline = Instant::now() + options.connect_timeout;
     let mut wire = Wire::new(connector.connect(deadline)?);
@@ -159,7 +166,9 @@ fn greet(
         ..Configuration::default()
     };
     wire.send(&Message::Configuration(configuration), patience)?;
-    let (names, descriptors) = copies(machine)?.into_parts();
+    let (mark, theirs) = UnixStream::pair().map_err(host("a socket"))?;
+    mark.set_nonblocking(true).map_err(host("a socket"))?;
+    let (names, descriptors) = copies(machine, theirs)?.into_parts();
     report.descriptors.clone_from(&names);
     let message = Message::Descriptors(DescriptorsBody { names });
     wire.send_with(&message, descriptors, patience)?;
@@ -172,19 +181,23 @@ fn greet(
                     return Err(ProtocolError::invalid(Kind::Ready, reason).into());
                 };
                 let incarnation = Token::from_bytes(incarnation);
-                return Ok((wire, Doubt { token, incarnation }));
+                return Ok((wire, Doubt { token, incarnation }, mark));
             }
             other => hear(&mut wire, other, patience, "waiting for the machine")?,
         }
     }
 }
 
-/// RAM and what else the machine is built around.
-fn copies(machine: &mut dyn DepartingMachine) -> Result<Descriptors, MigrationError> {
+/// RAM, the other end of the mark, and what else the machine is built around.
+fn copies(
+    machine: &mut dyn DepartingMachine,
+    mark: UnixStream,
+) -> Result<Descriptors, MigrationError> {
     let ram = machine.memory().file().try_clone();
     let ram = ram.map_err(host("a descriptor"))?;
     let mut all = Descriptors::new();
     all.add(RAM, ram.into());
+    all.add(STARTED, mark.into());
     all.0.extend(machine.descriptors()?.0);
     Ok(all)
 }
@@ -327,6 +340,7 @@ impl Session<'_> {
                 let until = Instant::now() + self.options.inquiry_timeout;
                 match crate::source::resolve(connector, &self.doubt, until) {
                     Verdict::RunsThere(running) => running,
+                    Verdict::NeverThere if self.ended_with(connector) => return Ok(End::Gone),
                     Verdict::NeverThere => {
                         machine.resume()?;
                         self.paused = false;
@@ -347,6 +361,12 @@ impl Session<'_> {
         });
         self.say_farewell(machine);
         Ok(End::HandedOver)
+    }
+
+    /// Did the new process die after it began to start the guest? Then memory is not what the
+    /// states here go with. One that lives has promised that no processor has run.
+    fn ended_with(&self, connector: &dyn Connector) -> bool {
+        connector.peer_is_dead() == Some(true) && matches!((&self.mark).read(&mut [0]), Ok(1..))
     }
 
     /// Writes `Commit` and waits for `Running`.
@@ -382,14 +402,14 @@ impl Session<'_> {
     }
 
     /// The guest stays here.
-    fn stay(&mut self, machine: &mut dyn DepartingMachine, error: &MigrationError) -> Whereabouts {
-        let mut guest = Whereabouts::RunsHere;
+    fn stay(&mut self, machine: &mut dyn DepartingMachine, error: &MigrationError) -> Guest {
+        let mut guest = Guest::RunsHere;
         if self.paused
             && let Err(error) = machine.resume()
         {
             let error: MigrationError = MachineError::into(error);
             tracing::error!(error = %error.chain(), "the guest did not resume");
-            guest = Whereabouts::PausedHere;
+            guest = Guest::PausedHere;
         }
         match error {
             MigrationError::Transport(TransportError::TimedOut { .. }) => self.wire.shutdown(),

@@ -4,6 +4,7 @@
 //! a guest is awaited, and serves the sockets once there is a VM. It never touches the machine: it
 //! sends messages and awaits answers.
 
+mod doors;
 mod routes;
 
 use std::io;
@@ -12,11 +13,14 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use axum::serve::Listener as _;
 use dunlin_migration::CancelToken;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
+use self::doors::Door;
+pub(crate) use self::doors::Doors;
 use crate::console::ConsoleHub;
 use crate::lifecycle::{Mailbox, Message};
 use crate::moving::{MoveMonitor, SaveMonitor};
@@ -40,6 +44,8 @@ pub(crate) struct Peers {
     pub(crate) console: Arc<ConsoleHub>,
     /// Ends the wait for a guest.
     pub(crate) waiting: CancelToken,
+    /// Whether connections are accepted.
+    pub(crate) doors: Doors,
 }
 
 /// The interface's thread.
@@ -111,9 +117,9 @@ async fn run(peers: Peers, mut sockets: mpsc::Receiver<Sockets>, mut ended: watc
     let Some(Sockets { api, console }) = sockets else {
         return;
     };
-    let listeners =
-        UnixListener::from_std(api).and_then(|api| Ok((api, UnixListener::from_std(console)?)));
-    let (api, console) = match listeners {
+    let door = |listener| Ok(Door::new(UnixListener::from_std(listener)?, &peers.doors));
+    let opened: io::Result<_> = door(api).and_then(|api| Ok((api, door(console)?)));
+    let (api, console) = match opened {
         Ok(listeners) => listeners,
         Err(error) => {
             tracing::error!(%error, "the sockets cannot be served");
@@ -142,17 +148,9 @@ async fn run(peers: Peers, mut sockets: mpsc::Receiver<Sockets>, mut ended: watc
     let _too_long = tokio::time::timeout(Duration::from_millis(200), serving).await;
 }
 
-async fn accept_readers(listener: UnixListener, hub: Arc<ConsoleHub>) {
+async fn accept_readers(mut door: Door, hub: Arc<ConsoleHub>) {
     loop {
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                tokio::spawn(Arc::clone(&hub).serve(stream));
-            }
-            Err(error) => {
-                // Too many open files, most likely: it passes when a reader leaves.
-                tracing::warn!(%error, "a console reader was not accepted");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-        }
+        let (stream, _) = door.accept().await;
+        tokio::spawn(Arc::clone(&hub).serve(stream));
     }
 }

@@ -41,6 +41,10 @@ pub(super) fn router(peers: Peers) -> Router {
             route::MIGRATE,
             post(|State(p), body| ask_with(p, body, Message::Migrate)),
         )
+        .route(
+            route::HAND_OVER,
+            post(|State(p), body| ask_with(p, body, Message::HandOver)),
+        )
         .route(route::EXITS, get(exits))
         .route(route::MIGRATION, get(migration))
         .route(route::CANCEL, post(cancel))

@@ -10,6 +10,7 @@
 //! Only this thread touches the machine, so no two of these ever act at once. Every request is
 //! answered. A move runs on a thread of its own and asks for the pause like everybody else.
 
+mod handover;
 mod requests;
 mod saving;
 mod state;
@@ -20,6 +21,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use dunlin_api::error::chain;
+use dunlin_api::handover::{HandOverReport, HandOverRequest};
 use dunlin_api::migration::{MigrateRequest, MigrationStatus};
 use dunlin_api::snapshot::SaveRequest;
 use dunlin_api::status::{ExitReport, VmStatus};
@@ -28,9 +30,13 @@ use dunlin_guest::SavedState;
 use dunlin_hypervisor::{EngineError, VcpuId};
 use tokio::sync::oneshot;
 
+use crate::files::ProcessFiles;
+use crate::interface::Doors;
 use crate::machine::events::MachineEvent;
 use crate::machine::{Blueprint, Machine};
-use crate::moving::{Faults, FromFile, MoveEnd, MoveMonitor, OpenQuestion, SaveEnd, SaveMonitor};
+use crate::moving::{
+    Faults, FromFile, HandOverEnd, MoveEnd, MoveMonitor, OpenQuestion, SaveEnd, SaveMonitor,
+};
 use requests::Look;
 pub(crate) use state::{Phase, Transition};
 
@@ -54,6 +60,10 @@ pub(crate) enum Message {
     Stop(Reply<VmStatus>),
     /// Save to a file.
     Save(SaveRequest, Reply<VmStatus>),
+    /// Hand over to another process of this host; answered at the end.
+    HandOver(HandOverRequest, Reply<HandOverReport>),
+    /// A hand-over is over.
+    HandOverEnded(Box<HandOverEnd>),
     /// Begin a move.
     Migrate(MigrateRequest, Reply<MigrationStatus>),
     /// Count exits and dirty pages from now on.
@@ -82,6 +92,8 @@ pub(crate) enum MoveCall {
     Suspend(Reply<()>),
     /// Stop for a moment: the guest stays in this process.
     Freeze(Reply<()>),
+    /// Stop for another process of this host.
+    Lend(Reply<()>),
     /// Go on: the hand-over is off.
     TakeBack(Reply<()>),
     /// The state of every component.
@@ -118,6 +130,10 @@ pub(crate) enum Ending {
     Stopped(&'static str),
     /// It runs elsewhere.
     Moved,
+    /// It runs in that process of this host.
+    HandedOver(u32),
+    /// It was handed to that process of this host, which died with it.
+    DiedIn(u32),
     /// A processor met a triple fault.
     TripleFault,
     /// The engine failed.
@@ -135,7 +151,7 @@ impl Ending {
     pub(crate) fn is_orderly(&self) -> bool {
         matches!(
             self,
-            Self::PowerOff | Self::Rebooted | Self::Stopped(_) | Self::Moved
+            Self::PowerOff | Self::Rebooted | Self::Stopped(_) | Self::Moved | Self::HandedOver(_)
         )
     }
 
@@ -145,6 +161,10 @@ impl Ending {
             Self::Rebooted => "the guest rebooted".into(),
             Self::Stopped(why) => (*why).into(),
             Self::Moved => "the guest runs on another host".into(),
+            Self::HandedOver(pid) => format!("handed over: the guest goes on in process {pid}"),
+            Self::DiedIn(pid) => {
+                format!("process {pid}, which had been given the guest, died with it")
+            }
             Self::TripleFault => "a processor of the guest met a triple fault".into(),
             Self::Engine(error) => chain(error),
             Self::ThreadLost(id) => format!("the thread of processor {} failed", id.0),
@@ -177,12 +197,19 @@ pub(crate) struct Lifecycle {
     reset_pending: bool,
     /// When the process ends although nobody fetched the report.
     linger_until: Option<Instant>,
+    /// Whoever asked for the hand-over that is under way.
+    hand_over_asked: Option<Reply<HandOverReport>>,
+    doors: Doors,
+    files: Arc<ProcessFiles>,
 }
 
 /// What a lifecycle needs besides its machine.
 pub(crate) struct Surroundings {
     pub(crate) blueprint: Blueprint,
     pub(crate) inbox: Receiver<Message>,
+    /// Held shut while the guest may pass to another process.
+    pub(crate) doors: Doors,
+    pub(crate) files: Arc<ProcessFiles>,
     pub(crate) mailbox: Mailbox,
     pub(crate) monitor: Arc<MoveMonitor>,
     /// Serves faults of guest memory, or why it cannot.
@@ -198,6 +225,8 @@ impl Lifecycle {
         let Surroundings {
             blueprint,
             inbox,
+            doors,
+            files,
             mailbox,
             monitor,
             faults,
@@ -222,6 +251,9 @@ impl Lifecycle {
             question: None,
             reset_pending: false,
             linger_until: None,
+            hand_over_asked: None,
+            doors,
+            files,
         }
     }
 
@@ -269,6 +301,9 @@ impl Lifecycle {
         }
         let mut status = self.status();
         status.reason = Some(ending.describe());
+        if let Ending::HandedOver(pid) = ending {
+            status.successor = Some(pid);
+        }
         if lost {
             // Its threads may wait for memory, and cannot be waited for: they end with the process.
             std::mem::forget(self.machine);
@@ -295,6 +330,8 @@ impl Lifecycle {
             Message::Resume(reply) => answer(reply, self.resume()),
             Message::Stop(reply) => answer(reply, self.stop()),
             Message::Save(request, reply) => answer(reply, self.save(&request)),
+            Message::HandOver(request, reply) => self.hand_over(request, reply),
+            Message::HandOverEnded(end) => self.hand_over_ended(*end),
             Message::Migrate(request, reply) => answer(reply, self.migrate(request)),
             Message::BeginLook(reply) => answer(reply, self.begin_look()),
             Message::EndLook(reply) => answer(reply, self.end_look()),
@@ -366,6 +403,7 @@ impl Lifecycle {
             version: dunlin_api::VERSION,
             name: config.name.clone(),
             pid: std::process::id(),
+            program: env!("CARGO_PKG_VERSION").into(),
             state: self.phase.to_api(),
             engine: self.machine.engine_name().into(),
             engine_reason: self.machine.engine_reason().into(),
@@ -375,6 +413,10 @@ impl Lifecycle {
             restore: self.from_file.as_ref().map(FromFile::report),
             missing_pages: None,
             uptime_ms: u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX),
+            successor: match self.ending {
+                Some(Ending::HandedOver(pid)) => Some(pid),
+                _ => None,
+            },
             reason: self.ending.as_ref().map(Ending::describe),
         }
     }

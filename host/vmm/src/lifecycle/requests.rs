@@ -85,7 +85,7 @@ impl Lifecycle {
     }
 
     /// A pause failed halfway: what has stopped goes on. Returns why it failed.
-    fn run_on(&self, error: ApiError) -> ApiError {
+    pub(super) fn run_on(&self, error: ApiError) -> ApiError {
         if let Err(error) = self.machine.resume() {
             tracing::error!(error = chain(&error), "the guest did not go on");
         }
@@ -162,33 +162,44 @@ impl Lifecycle {
     }
 
     pub(super) fn migrate(&mut self, request: MigrateRequest) -> Result<MigrationStatus, ApiError> {
-        self.not_moving("move")?;
-        self.all_pages_are_here("move")?;
-        if self.phase != Phase::Running {
-            let name = &self.machine.config().name;
-            return Err(ApiError::new(
-                ErrorCode::WrongState,
-                format!("cannot move VM \"{name}\": it does not run"),
-            )
-            .with_hint(format!("\"dunlin resume {name}\" lets it run")));
+        self.check_movable("move")?;
+        let departure = self.departure();
+        self.moving = Some(moving::start(departure, request)?);
+        Ok(self.monitor.status())
+    }
+
+    /// Refuses unless the guest runs here undisturbed.
+    pub(super) fn check_movable(&self, action: &str) -> Result<(), ApiError> {
+        self.not_moving(action)?;
+        self.all_pages_are_here(action)?;
+        if self.phase == Phase::Running {
+            return Ok(());
         }
+        let name = &self.machine.config().name;
+        Err(ApiError::new(
+            ErrorCode::WrongState,
+            format!("cannot {action} VM \"{name}\": it does not run"),
+        )
+        .with_hint(format!("\"dunlin resume {name}\" lets it run")))
+    }
+
+    pub(super) fn departure(&mut self) -> moving::Departure {
         self.drop_look();
-        let departure = moving::Departure {
+        moving::Departure {
             memory: self.machine.memory().clone(),
             vm: self.machine.vm().clone(),
             config: self.machine.config().clone(),
             mailbox: self.mailbox.clone(),
             monitor: self.monitor.clone(),
             throttled: moving::Throttled::none(self.machine.memory()),
-        };
-        self.moving = Some(moving::start(departure, request)?);
-        Ok(self.monitor.status())
+        }
     }
 
     pub(super) fn serve_move(&mut self, call: MoveCall) {
         match call {
             MoveCall::Suspend(reply) => answer(reply, self.suspend()),
             MoveCall::Freeze(reply) => answer(reply, self.freeze()),
+            MoveCall::Lend(reply) => answer(reply, self.lend()),
             MoveCall::TakeBack(reply) => answer(reply, self.take_back()),
             MoveCall::Save(reply) => {
                 let states = self.machine.save();
@@ -211,15 +222,20 @@ impl Lifecycle {
         let next = self.phase.after(Transition::Suspend)?;
         let stopped = self.machine.pause(DiskLocks::Keep);
         stopped.map_err(|error| self.run_on(host(&error)))?;
-        // A guest that has just asked for its end must not go on elsewhere behind that request,
-        // nor here: the request lies in the mailbox, and ends the machine or builds it anew.
+        self.check_not_ending()?;
+        self.phase = next;
+        Ok(())
+    }
+
+    /// A guest that has just asked for its end must not go on elsewhere behind that request,
+    /// nor here: the request lies in the mailbox, and ends the machine or builds it anew.
+    pub(super) fn check_not_ending(&self) -> Result<(), ApiError> {
         if self.blueprint.events.machine_must_stop() {
             return Err(ApiError::new(
                 ErrorCode::WrongState,
                 "the guest is switching itself off",
             ));
         }
-        self.phase = next;
         Ok(())
     }
 
@@ -227,6 +243,7 @@ impl Lifecycle {
         let next = self.phase.after(Transition::TakeBack)?;
         self.machine.resume().map_err(|error| host(&error))?;
         self.phase = next;
+        self.open_again();
         Ok(())
     }
 
@@ -244,8 +261,8 @@ impl Lifecycle {
             MoveOutcome::InDoubt => Some(Transition::Doubt),
             MoveOutcome::Lost => Some(Transition::Lose),
             MoveOutcome::PausedHere => Some(Transition::Strand),
-            // Taken back already, or never suspended.
-            MoveOutcome::Here => None,
+            // Taken back already, or never suspended; or it is over.
+            MoveOutcome::Here | MoveOutcome::Gone => None,
         };
         if let Some(transition) = transition {
             match self.phase.after(transition) {

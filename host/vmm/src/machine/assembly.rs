@@ -1,5 +1,6 @@
 //! Builds a machine from a configuration. It is paused, and its memory is untouched.
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -24,6 +25,7 @@ use dunlin_vswitch::{MacAddress, PortError, UnixPort};
 use dunlin_x86::cpuid::Baseline;
 
 use super::events::MachineEvents;
+use super::inheritance::{Belongings, Inheritance};
 use super::vcpu::{Buses, Pacer, VcpuError, VcpuThread};
 use super::{Machine, engine};
 use crate::console::{ActivePort, ConsoleHub, ParavirtualOutput, Ports};
@@ -90,17 +92,34 @@ pub enum AssemblyError {
         #[source]
         source: PortError,
     },
+    /// The process that hands the guest over did not send something.
+    #[error("the other process handed no \"{name}\" over")]
+    NotInherited {
+        /// What is missing.
+        name: String,
+    },
 }
 
-/// Builds a machine.
+/// Builds a machine that opens what it needs.
 pub(crate) fn assemble(blueprint: &Blueprint) -> Result<Machine, AssemblyError> {
+    assemble_around(blueprint, Inheritance::Nothing)
+}
+
+/// Builds a machine around what another process's machine has.
+pub(crate) fn assemble_around(
+    blueprint: &Blueprint,
+    mut inheritance: Inheritance<'_>,
+) -> Result<Machine, AssemblyError> {
     let baseline = baseline(blueprint.config.baseline.as_deref())?;
     let config = &VmConfig {
         // By name from now on, wherever the guest goes and whatever is the default there.
         baseline: Some(baseline.name().to_owned()),
         ..blueprint.config.clone()
     };
-    let memory = Memory::new(config.memory_bytes)?;
+    let memory = match inheritance.ram()? {
+        Some(ram) => Memory::from_file(ram.into(), config.memory_bytes)?,
+        None => Memory::new(config.memory_bytes)?,
+    };
     let chosen = engine::choose(config.engine, &memory, baseline, config.cpus)?;
     let vm = chosen.vm;
     let chipset = Chipset::build(&vm, blueprint)?;
@@ -112,13 +131,15 @@ pub(crate) fn assemble(blueprint: &Blueprint) -> Result<Machine, AssemblyError> 
         functions: Vec::new(),
     };
     let mut locks = Vec::new();
+    let mut belongings = Belongings::default();
     builder.add(Box::new(Entropy::new()))?;
     for (index, (net, mac)) in config.nets.iter().zip(config.macs()).enumerate() {
-        let port = open_port(blueprint, index, net)?;
+        let port = open_port(blueprint, (index, net), inheritance.port(index)?)?;
+        belongings.ports.push(port.socket());
         builder.add(Box::new(Net::new(Box::new(port), mac_address(mac))))?;
     }
     for (index, disk) in config.disks.iter().enumerate() {
-        let (disk, lock) = open_disk(disk)?;
+        let (disk, lock) = open_disk(disk, inheritance.disk(index)?)?;
         locks.push(lock);
         builder.add(Box::new(Block::new(
             Box::new(disk),
@@ -140,8 +161,13 @@ pub(crate) fn assemble(blueprint: &Blueprint) -> Result<Machine, AssemblyError> 
     let mut components = functions;
     components.extend(chipset.components());
     if let Some(place) = &config.debug_console {
-        let device = DebugConsole::open(&debug_output(place))?;
+        let output = debug_output(place);
+        let device = match inheritance.debug_console()? {
+            Some(descriptor) => DebugConsole::adopt(&output, descriptor)?,
+            None => DebugConsole::open(&output)?,
+        };
         device.attach(&chipset.buses.ports)?;
+        belongings.debug_console = Some(Arc::clone(&device));
         components.push(device);
     }
     Ok(Machine {
@@ -152,6 +178,7 @@ pub(crate) fn assemble(blueprint: &Blueprint) -> Result<Machine, AssemblyError> 
         vm,
         components,
         locks,
+        belongings,
         buses: chipset.buses,
     })
 }
@@ -238,16 +265,18 @@ fn mac_address(mac: MacText) -> MacAddress {
 
 fn open_port(
     blueprint: &Blueprint,
-    index: usize,
-    net: &NetConfig,
+    (index, net): (usize, &NetConfig),
+    inherited: Option<OwnedFd>,
 ) -> Result<UnixPort, AssemblyError> {
-    let name = format!("net{index}");
-    UnixPort::open(&name, &blueprint.directory, Path::new(&net.switch)).map_err(|source| {
-        AssemblyError::Net {
-            index,
-            vm: blueprint.config.name.clone(),
-            source,
-        }
+    let (directory, switch) = (&blueprint.directory, Path::new(&net.switch));
+    let port = match inherited {
+        Some(descriptor) => UnixPort::adopt(descriptor.into(), directory, switch),
+        None => UnixPort::open(&format!("net{index}"), directory, switch),
+    };
+    port.map_err(|source| AssemblyError::Net {
+        index,
+        vm: blueprint.config.name.clone(),
+        source,
     })
 }
 
@@ -258,13 +287,19 @@ fn debug_output(place: &DebugConsoleConfig) -> DebugOutput {
     }
 }
 
-fn open_disk(disk: &DiskConfig) -> Result<(RawDisk, ImageLock), AssemblyError> {
+fn open_disk(
+    disk: &DiskConfig,
+    inherited: Option<OwnedFd>,
+) -> Result<(RawDisk, ImageLock), AssemblyError> {
     let mode = if disk.read_only {
         DiskMode::ReadOnly
     } else {
         DiskMode::ReadWrite
     };
-    let disk = RawDisk::open(&disk.path, mode)?;
+    let disk = match inherited {
+        Some(image) => RawDisk::adopt(image.into(), &disk.path, mode)?,
+        None => RawDisk::open(&disk.path, mode)?,
+    };
     let lock = disk.lock().clone();
     Ok((disk, lock))
 }

@@ -5,6 +5,7 @@
 //! - [`entry`] puts the first processor where a kernel starts;
 //! - [`vcpu`] is the loop that runs a processor;
 //! - [`events`] is how the machine is heard;
+//! - [`inheritance`] is what it passes on to a machine in another process of this host;
 //! - this file stops it, lets it go on, saves and restores it, in the one right order.
 //!
 //! Stopping: processors first, so that nobody asks devices for more; then devices, which finish or
@@ -15,6 +16,7 @@ mod assembly;
 mod engine;
 mod entry;
 pub(crate) mod events;
+mod inheritance;
 mod saved;
 mod vcpu;
 
@@ -28,8 +30,10 @@ use dunlin_hypervisor::{Engine, Vm};
 use dunlin_storage::{ImageLock, LockError};
 
 pub use assembly::AssemblyError;
-pub(crate) use assembly::{Blueprint, assemble};
+pub(crate) use assembly::{Blueprint, assemble, assemble_around};
 pub use entry::BootError;
+use inheritance::Belongings;
+pub(crate) use inheritance::Inheritance;
 pub use saved::StateError;
 pub use vcpu::VcpuError;
 pub(crate) use vcpu::shares;
@@ -57,6 +61,7 @@ pub(crate) struct Machine {
     vm: Arc<dyn Vm>,
     components: Vec<Arc<dyn Component>>,
     locks: Vec<ImageLock>,
+    belongings: Belongings,
     buses: Buses,
 }
 

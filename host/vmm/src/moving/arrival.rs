@@ -64,7 +64,7 @@ impl Build {
     }
 }
 
-fn refusal(error: &AssemblyError) -> ApiError {
+pub(super) fn refusal(error: &AssemblyError) -> ApiError {
     let refused = ApiError::from_chain(ErrorCode::Host, error);
     match error {
         AssemblyError::Baseline { .. } | AssemblyError::Engine(EngineError::Baseline { .. }) => {

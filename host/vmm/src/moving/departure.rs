@@ -71,7 +71,7 @@ pub(crate) fn start(
     let work = move || {
         let mut guard = EndGuard {
             mailbox,
-            end: Some(lost()),
+            end: Some(MoveEnd::lost()),
         };
         let mut connector = route.connector();
         let progress = Arc::clone(&departure.monitor);
@@ -86,12 +86,7 @@ pub(crate) fn start(
         .spawn(work)
         .map_err(|error| {
             let refused = ApiError::from_chain(ErrorCode::Host, &error);
-            monitor.finish(MoveEnd {
-                outcome: MoveOutcome::Here,
-                report: MigrationReport::default(),
-                error: Some(refused.clone()),
-                question: None,
-            });
+            monitor.finish(MoveEnd::refused(refused.clone()));
             refused
         })
 }
@@ -110,19 +105,6 @@ impl Drop for EndGuard {
     }
 }
 
-/// The end of a move whose thread panicked: where the guest is, the lifecycle's phase knows.
-fn lost() -> MoveEnd {
-    MoveEnd {
-        outcome: MoveOutcome::InDoubt,
-        report: MigrationReport::default(),
-        error: Some(ApiError::new(
-            ErrorCode::Host,
-            "the thread that moved the guest failed",
-        )),
-        question: None,
-    }
-}
-
 /// A guest that was given away without an answer: what is needed to ask again.
 #[derive(Debug, Clone)]
 pub(crate) struct OpenQuestion {
@@ -131,6 +113,10 @@ pub(crate) struct OpenQuestion {
 }
 
 impl OpenQuestion {
+    pub(super) fn new(route: Route, doubt: Doubt) -> Self {
+        Self { route, doubt }
+    }
+
     /// Asks the destination, for as long as `patience`, whether it runs the guest.
     pub(crate) fn ask(&self, patience: Duration) -> Verdict {
         let mut connector = self.route.connector();
@@ -181,17 +167,7 @@ fn end(
             question: None,
         },
         Err(failure) => {
-            let code = match failure.error {
-                MigrationError::Cancelled => ErrorCode::Cancelled,
-                MigrationError::Transport(_)
-                | MigrationError::Protocol(_)
-                | MigrationError::Lane(_)
-                | MigrationError::LaneMessage(_)
-                | MigrationError::Peer { .. }
-                | MigrationError::InDoubt
-                | MigrationError::Lost { .. } => ErrorCode::Peer,
-                _ => ErrorCode::Host,
-            };
+            let code = code_of(&failure.error);
             MoveEnd {
                 outcome: match failure.guest {
                     Whereabouts::RunsHere => MoveOutcome::Here,
@@ -201,10 +177,7 @@ fn end(
                 },
                 report: to_api(&failure.report),
                 error: Some(match failure.guest {
-                    Whereabouts::PausedHere => ApiError::from_chain(code, &*failure).with_hint(
-                        "the guest is whole but paused, since it did not go on here: \
-                         \"dunlin resume\" tries again",
-                    ),
+                    Whereabouts::PausedHere => hint_paused(ApiError::from_chain(code, &*failure)),
                     _ => ApiError::from_chain(code, &*failure),
                 }),
                 question: match failure.guest {
@@ -214,6 +187,27 @@ fn end(
             }
         }
     }
+}
+
+pub(super) fn code_of(error: &MigrationError) -> ErrorCode {
+    match error {
+        MigrationError::Cancelled => ErrorCode::Cancelled,
+        MigrationError::Transport(_)
+        | MigrationError::Protocol(_)
+        | MigrationError::Lane(_)
+        | MigrationError::LaneMessage(_)
+        | MigrationError::Peer { .. }
+        | MigrationError::InDoubt
+        | MigrationError::Lost { .. } => ErrorCode::Peer,
+        _ => ErrorCode::Host,
+    }
+}
+
+pub(super) fn hint_paused(error: ApiError) -> ApiError {
+    error.with_hint(
+        "the guest is whole but paused, since it did not go on here: \
+         \"dunlin resume\" tries again",
+    )
 }
 
 /// The wire form of a report has the same fields; a test holds the two together.
@@ -230,7 +224,7 @@ fn to_api(report: &dunlin_migration::MigrationReport) -> MigrationReport {
 
 impl Departure {
     /// Asks the lifecycle and waits for its answer.
-    fn call<T>(
+    pub(super) fn call<T>(
         &self,
         action: &'static str,
         request: impl FnOnce(Reply<T>) -> MoveCall,

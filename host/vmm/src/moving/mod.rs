@@ -3,6 +3,7 @@
 mod arrival;
 mod departure;
 mod file;
+mod handover;
 mod monitor;
 mod save;
 mod security;
@@ -11,6 +12,7 @@ pub(crate) use arrival::{ArrivingMachine, Build};
 pub(crate) use departure::{Departure, OpenQuestion, Throttled, start};
 pub use file::describe_snapshot;
 pub(crate) use file::{FromFile, Wanted, check_target, restore_from_file, save_to_file};
+pub(crate) use handover::{AdoptedMachine, HandOverEnd, HandingOver, start_hand_over};
 pub(crate) use monitor::{MoveEnd, MoveMonitor, MoveOutcome};
 pub(crate) use save::{SaveEnd, SaveMonitor, Saving, start as start_save};
 pub(crate) use security::listener;

@@ -21,6 +21,8 @@ pub(crate) enum MoveOutcome {
     InDoubt,
     /// It went there, which cannot get the rest of its memory.
     Lost,
+    /// It ran in another process of this host, and ended with it.
+    Gone,
 }
 
 /// How a move ended.
@@ -31,6 +33,31 @@ pub(crate) struct MoveEnd {
     pub(crate) error: Option<ApiError>,
     /// What is needed to ask the destination again.
     pub(crate) question: Option<OpenQuestion>,
+}
+
+impl MoveEnd {
+    /// The end of a move whose thread panicked: where the guest is, the lifecycle's phase knows.
+    pub(super) fn lost() -> Self {
+        Self {
+            outcome: MoveOutcome::InDoubt,
+            report: MigrationReport::default(),
+            error: Some(ApiError::new(
+                ErrorCode::Host,
+                "the thread that moved the guest failed",
+            )),
+            question: None,
+        }
+    }
+
+    /// The end of a move that did not begin.
+    pub(super) fn refused(error: ApiError) -> Self {
+        Self {
+            outcome: MoveOutcome::Here,
+            report: MigrationReport::default(),
+            error: Some(error),
+            question: None,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -135,7 +162,9 @@ impl MoveMonitor {
             MoveOutcome::InDoubt => MigrationPhase::InDoubt,
             MoveOutcome::Lost => MigrationPhase::Lost,
             MoveOutcome::Here if cancelled => MigrationPhase::Cancelled,
-            MoveOutcome::Here | MoveOutcome::PausedHere => MigrationPhase::Failed,
+            MoveOutcome::Here | MoveOutcome::PausedHere | MoveOutcome::Gone => {
+                MigrationPhase::Failed
+            }
         };
         state.status.bytes_sent = report.bytes_sent;
         state.status.report = Some(report);

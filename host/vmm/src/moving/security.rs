@@ -1,6 +1,8 @@
 //! Who may be spoken to, and how: connections that leave the host are encrypted, or plain because
 //! somebody asked for that.
 
+use std::path::Path;
+
 use dunlin_api::migration::Endpoint;
 use dunlin_api::security::Security;
 use dunlin_api::{ApiError, ErrorCode};
@@ -23,6 +25,14 @@ impl Route {
             .map(|identity| name(&to, security).map(|name| (identity, name)))
             .transpose()?;
         Ok(Self { to, tls })
+    }
+
+    /// The way to a process of this host and user that waits on a unix socket.
+    pub(crate) fn to_process(path: &Path) -> Self {
+        Self {
+            to: Endpoint::Unix(path.to_owned()),
+            tls: None,
+        }
     }
 
     pub(crate) fn connector(&self) -> Box<dyn Connector> {

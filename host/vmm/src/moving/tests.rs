@@ -21,6 +21,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::console::ConsoleHub;
+use crate::files::{OpenFiles, ProcessFiles};
+use crate::interface::Doors;
 use crate::lifecycle::{Lifecycle, Mailbox, Message, Phase, Reply, Surroundings};
 use crate::machine::events::MachineEvents;
 use crate::machine::{DiskLocks, Machine};
@@ -130,7 +132,7 @@ impl Owner {
         let (others, own_monitor) = (mailbox.clone(), Arc::clone(&monitor));
         let (started, ready) = mpsc::channel();
         let thread = std::thread::spawn(move || {
-            let _place = guest.place;
+            let files = OpenFiles::create(&guest.place).unwrap();
             let surroundings = Surroundings {
                 from_file: None,
                 saves: Arc::default(),
@@ -139,6 +141,8 @@ impl Owner {
                 mailbox: others,
                 monitor: own_monitor,
                 faults: open_faults(),
+                doors: Doors::new(),
+                files: Arc::new(ProcessFiles::new(guest.place, files)),
             };
             let mut lifecycle = Lifecycle::new(guest.machine, Phase::Created, surroundings);
             lifecycle.start(Duration::ZERO).unwrap();

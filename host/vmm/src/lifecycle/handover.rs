@@ -1,0 +1,86 @@
+//! Handing the guest to another process of this host.
+
+use dunlin_api::handover::{HandOverReport, HandOverRequest};
+use dunlin_api::{ApiError, ErrorCode};
+
+use super::requests::host;
+use super::{Ending, Lifecycle, Phase, Reply, Transition, answer};
+use crate::moving::{self, HandOverEnd, HandingOver, MoveOutcome};
+
+impl Lifecycle {
+    /// Begins; the answer follows at the end.
+    pub(super) fn hand_over(&mut self, request: HandOverRequest, reply: Reply<HandOverReport>) {
+        match self.begin_hand_over(request) {
+            Ok(()) => self.hand_over_asked = Some(reply),
+            Err(error) => answer(reply, Err(error)),
+        }
+    }
+
+    fn begin_hand_over(&mut self, request: HandOverRequest) -> Result<(), ApiError> {
+        self.check_movable("hand over")?;
+        let mut descriptors = self.machine.descriptors().map_err(|error| host(&error))?;
+        let copied = self.files.copy_to(&mut descriptors);
+        copied.map_err(|error| host(&error))?;
+        let leaving = HandingOver {
+            departure: self.departure(),
+            descriptors,
+            console: self.blueprint.console.clone(),
+        };
+        self.moving = Some(moving::start_hand_over(leaving, request)?);
+        Ok(())
+    }
+
+    /// Stops the guest for another process of this host: who connects or types waits from now on,
+    /// for this process or for that one.
+    pub(super) fn lend(&mut self) -> Result<(), ApiError> {
+        let next = self.phase.after(Transition::Suspend)?;
+        self.doors.hold();
+        self.blueprint.console.hold();
+        let stopped = self.machine.pause_for_hand_over();
+        let stopped = stopped
+            .map_err(|error| self.run_on(host(&error)))
+            .and_then(|()| self.check_not_ending());
+        if stopped.is_err() {
+            self.open_again();
+        } else {
+            self.phase = next;
+        }
+        stopped
+    }
+
+    /// The guest stays here: whoever waits is served.
+    pub(super) fn open_again(&self) {
+        self.doors.open();
+        self.blueprint.console.release();
+    }
+
+    pub(super) fn hand_over_ended(&mut self, ended: HandOverEnd) {
+        let HandOverEnd { end, report, pid } = ended;
+        let error = end.error.clone();
+        let gone = end.outcome == MoveOutcome::Gone;
+        self.move_ended(end);
+        let moved = self.phase == Phase::Moved;
+        if moved {
+            self.machine.give_away();
+            self.files.give_away();
+            self.ending.get_or_insert(Ending::HandedOver(pid));
+        } else {
+            self.open_again();
+        }
+        if gone {
+            self.end(Ending::DiedIn(pid));
+        }
+        let Some(reply) = self.hand_over_asked.take() else {
+            return;
+        };
+        let result = match error {
+            _ if moved => Ok(report),
+            Some(error) => Err(error),
+            None => Err(ApiError::new(
+                ErrorCode::Unknown,
+                "the hand-over failed without a reason",
+            )),
+        };
+        answer(reply, result);
+    }
+}
