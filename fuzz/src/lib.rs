@@ -6,12 +6,31 @@
 
 pub mod lane;
 pub mod processor;
+pub mod saved;
+pub mod session;
 pub mod surroundings;
 
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+/// A folder of this process for what an input makes, in memory where the machine has such a place.
+pub fn folder() -> &'static Path {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        let memory = Path::new("/dev/shm");
+        let place = if memory.is_dir() {
+            memory.to_owned()
+        } else {
+            std::env::temp_dir()
+        };
+        let folder = place.join(format!("dunlin-fuzz-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).expect("there is a place for temporary files");
+        folder
+    })
+}
 
 /// A file that has a path but no place on disk.
 #[derive(Debug)]

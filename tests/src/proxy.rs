@@ -126,6 +126,8 @@ struct Shared {
     trace: Mutex<Trace>,
     /// Kept open until the proxy goes away: a stalled connection does not end.
     stalled: Mutex<Vec<TcpStream>>,
+    /// All that were made, for those who want to cut them.
+    made: Mutex<Vec<TcpStream>>,
 }
 
 impl Proxy {
@@ -144,6 +146,7 @@ impl Proxy {
             closed: AtomicBool::new(false),
             trace: Mutex::default(),
             stalled: Mutex::default(),
+            made: Mutex::default(),
         });
         let theirs = Arc::clone(&shared);
         std::thread::Builder::new()
@@ -165,6 +168,14 @@ impl Proxy {
     /// Where it listens.
     pub fn address(&self) -> SocketAddrV4 {
         self.address
+    }
+
+    /// Cuts all connections that there are now.
+    pub fn cut(&self) {
+        for stream in lock(&self.shared.made).drain(..) {
+            // One that has ended cannot be cut, and need not be.
+            let _ = stream.shutdown(Shutdown::Both);
+        }
     }
 
     /// Did the conversation come as far as the fault?
@@ -209,6 +220,7 @@ impl Shared {
         });
         for stream in [&connection.source, &connection.destination] {
             stream.set_nodelay(true)?;
+            lock(&self.made).push(stream.try_clone()?);
         }
         for way in [Way::ToDestination, Way::ToSource] {
             let connection = Arc::clone(&connection);

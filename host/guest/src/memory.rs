@@ -246,6 +246,24 @@ impl Memory {
         true
     }
 
+    /// A look at a few places of a page: are they zero? A page that is not zero may look so. True
+    /// when there is no such page.
+    pub fn looks_zero(&self, page: PageIndex) -> bool {
+        let Some(from) = self.host_page(page) else {
+            return true;
+        };
+        (0..PAGE_SIZE as usize)
+            .step_by(PAGE_SIZE as usize / 8)
+            .all(|offset| {
+                // SAFETY: as in `read_page`; the offset is a multiple of eight within the page, which
+                // is aligned to its own size.
+                #[expect(unsafe_code, reason = "guest memory changes under the look")]
+                unsafe {
+                    from.as_ptr().add(offset).cast::<u64>().read_volatile() == 0
+                }
+            })
+    }
+
     /// Writes a page and marks it. False when there is no such page.
     pub fn write_page(&self, page: PageIndex, from: &[u8; PAGE_SIZE as usize]) -> bool {
         let Some(to) = self.host_page(page) else {
@@ -410,6 +428,18 @@ mod tests {
         assert!(memory.dirty_log().is_dirty(PageIndex(2)));
         assert!(memory.dirty_log().is_dirty(PageIndex(3)));
         assert_eq!(memory.dirty_log().count(), 2);
+    }
+
+    #[test]
+    fn a_page_that_is_not_zero_at_one_of_the_places_does_not_look_so() {
+        let memory = Memory::new(1 << 20).unwrap();
+        assert!(memory.looks_zero(PageIndex(3)));
+        let mut page = [0u8; 4096];
+        page[7 * 512] = 1;
+        memory.write_page(PageIndex(3), &page);
+        assert!(!memory.looks_zero(PageIndex(3)));
+        assert!(memory.looks_zero(PageIndex(4)));
+        assert!(memory.looks_zero(PageIndex(256)));
     }
 
     #[test]

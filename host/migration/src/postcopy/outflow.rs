@@ -378,7 +378,7 @@ impl Shared {
                     if Instant::now() < until && !self.stop.is_cancelled() =>
                 {
                     // It is posted; what is left of it goes on.
-                    posted = lane.complete(Ticket(u64::MAX), Instant::now() + SLICE);
+                    posted = lane.complete(Ticket::ALL, Instant::now() + SLICE);
                 }
                 posted => return posted,
             }

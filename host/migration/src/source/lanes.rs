@@ -18,9 +18,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use dunlin_guest::{Memory, PAGE_SIZE, PageIndex, PageSet};
+use dunlin_guest::{Memory, PageIndex, PageSet};
 use dunlin_lane::{LaneError, PageSender, Ticket};
-use vm_memory::{Address, Bytes};
 
 use super::packing::{Packer, Squeeze, posted};
 use super::sent::Sent;
@@ -322,21 +321,6 @@ impl Share {
     }
 }
 
-/// A look at a few places of a page: a page with content that looks empty there costs its
-/// destination no more than a page fault.
-fn is_probably_zero(memory: &Memory, page: PageIndex) -> bool {
-    let Some(address) = memory.address_of(page) else {
-        return true;
-    };
-    (0..PAGE_SIZE).step_by(512).all(|offset| {
-        let mut bytes = [0; 16];
-        let read = memory
-            .mapping()
-            .read_slice(&mut bytes, address.unchecked_add(offset));
-        read.is_ok() && bytes == [0; 16]
-    })
-}
-
 /// What the thread of a lane has.
 struct Body {
     packer: Packer,
@@ -420,7 +404,7 @@ impl Body {
         for page in work.pages.within(share.pages.clone()) {
             if extents.hole_at(page).is_some() {
                 share.note_hole(page);
-            } else if !is_probably_zero(memory, page) {
+            } else if !memory.looks_zero(page) {
                 runs::push(&mut runs, page);
             }
         }
@@ -501,7 +485,7 @@ impl Body {
         let ticket = match self.lane.send(&message, Instant::now() + SLICE) {
             Ok(ticket) => ticket,
             // Posted all the same, as the last operation there is.
-            Err(LaneError::TimedOut { .. }) => Ticket(u64::MAX),
+            Err(LaneError::TimedOut { .. }) => Ticket::ALL,
             Err(error) => return Err(error.into()),
         };
         self.patiently(|lane, deadline| lane.complete(ticket, deadline))?;

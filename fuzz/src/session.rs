@@ -1,0 +1,264 @@
+//! What a peer may say to a destination, live: on its control connection and on page lanes.
+//!
+//! An input is a script, one step after the other:
+//!
+//! | first byte, modulo 8 | step |
+//! |---|---|
+//! | 0 | a frame: kind, length (1 byte), content |
+//! | 1 | the next message of a good move |
+//! | 2 | a page lane is opened: its number |
+//! | 3 | bytes on the last lane, as they are: length, content |
+//! | 4 | a message on the last lane: length, content |
+//! | 5 | pages on the last lane: where to (2 bytes, in pages), how many |
+//! | 6 | bytes on the control connection, as they are: length, content |
+//! | 7 | the lane's mark of the round, which follows from what was sent |
+//!
+//! The destination is a real one, over unix sockets. Shared by the fuzz target and the test that runs its
+//! regression corpus.
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use dunlin_guest::PageIndex;
+use dunlin_lane::{PageSender, Placement, StreamLane, StreamSender};
+use dunlin_migration::protocol::message::{Configuration, Lanes, Region, RoundBegin, RoundEnd};
+use dunlin_migration::protocol::runs::Run;
+use dunlin_migration::protocol::{Header, Kind, Message, Preamble, Purpose, Token, lane};
+use dunlin_migration::transport::{Listener, SocketTransport};
+use dunlin_migration::{CancelToken, Destination, DestinationOptions};
+
+use super::saved::{Machine, RAM};
+
+/// For everything: nothing is far away.
+const PATIENCE: Duration = Duration::from_millis(50);
+
+/// Plays a script to a destination that listens in `folder`; returns what that said on the control connection.
+pub fn play(script: &[u8], folder: &Path) -> Vec<u8> {
+    let door = folder.join("door");
+    let listener = Listener::unix(&door).expect("the folder is there");
+    let cancel = CancelToken::new();
+    let options = DestinationOptions {
+        max_ram: RAM,
+        idle_timeout: PATIENCE,
+        preamble_timeout: PATIENCE,
+        reconnect_window: PATIENCE,
+        max_lanes: 2,
+        cancel: cancel.clone(),
+        ..DestinationOptions::default()
+    };
+    let destination = std::thread::spawn(move || {
+        let arrival = Destination::new(listener, options).accept(|_| Ok(Machine::new()));
+        if let Ok(arrival) = arrival {
+            arrival.witness.stop();
+        }
+    });
+    let heard = Peer::connect(&door).map(|mut peer| peer.play(script));
+    cancel.cancel();
+    destination
+        .join()
+        .expect("whatever a peer says, the destination does not panic");
+    let _gone = std::fs::remove_file(&door);
+    heard.unwrap_or_default()
+}
+
+struct Peer<'a> {
+    door: &'a Path,
+    token: Token,
+    control: UnixStream,
+    sequence: u64,
+    lane: Option<UnixStream>,
+    sender: Option<StreamSender>,
+    good: usize,
+    counts: lane::Counts,
+}
+
+impl<'a> Peer<'a> {
+    fn connect(door: &'a Path) -> Option<Self> {
+        let token = Token::from_bytes([7; 16]);
+        let control = greet(door, Preamble::connection(Purpose::Move, token))?;
+        Some(Self {
+            door,
+            token,
+            control,
+            sequence: 0,
+            lane: None,
+            sender: None,
+            good: 0,
+            counts: lane::Counts::default(),
+        })
+    }
+
+    fn play(&mut self, mut script: &[u8]) -> Vec<u8> {
+        while let [step, rest @ ..] = script {
+            script = match step % 8 {
+                0 => self.frame(rest),
+                1 => self.good_message(rest),
+                2 => self.open_lane(rest),
+                3 => self.lane_bytes(rest),
+                4 => self.lane_message(rest),
+                5 => self.lane_pages(rest),
+                6 => {
+                    let (bytes, next) = counted(rest);
+                    let _ = self.control.write_all(bytes);
+                    next
+                }
+                _ => self.mark(rest),
+            };
+        }
+        // The destination hangs up, or finds that nothing more comes.
+        let _ = self.control.shutdown(Shutdown::Write);
+        let mut heard = Vec::new();
+        let _ = self.control.read_to_end(&mut heard);
+        heard
+    }
+
+    fn frame<'s>(&mut self, script: &'s [u8]) -> &'s [u8] {
+        let Some((kind, rest)) = script.split_first() else {
+            return script;
+        };
+        let (payload, next) = counted(rest);
+        self.say(Kind::ALL[usize::from(*kind) % Kind::ALL.len()], payload);
+        next
+    }
+
+    fn say(&mut self, kind: Kind, payload: &[u8]) {
+        let header = Header {
+            length: payload.len() as u32,
+            kind,
+            sequence: self.sequence,
+            payload_crc: crc32fast::hash(payload),
+        };
+        self.sequence += 1;
+        // It may have hung up: that is an answer, too.
+        let _ = self.control.write_all(&header.encode());
+        let _ = self.control.write_all(payload);
+    }
+
+    fn good_message<'s>(&mut self, script: &'s [u8]) -> &'s [u8] {
+        let region = Region {
+            start: 0,
+            size: RAM,
+            offset: 0,
+        };
+        let round = (self.good / 2) as u32;
+        let message = match self.good {
+            0 => Message::Configuration(Configuration {
+                ram_bytes: RAM,
+                regions: vec![region],
+                lanes: 2,
+                ..Configuration::default()
+            }),
+            1 => Message::Lanes(Lanes { count: 1 }),
+            number if number % 2 == 0 => Message::RoundBegin(RoundBegin {
+                round: round - 1,
+                pages: RAM / 4096,
+            }),
+            _ => Message::RoundEnd(RoundEnd {
+                round: round - 1,
+                pages: self.counts.pages,
+                zero_pages: 0,
+                same_pages: 0,
+                lanes: 1,
+            }),
+        };
+        self.good += 1;
+        self.say(message.kind(), &message.encode());
+        script
+    }
+
+    fn open_lane<'s>(&mut self, script: &'s [u8]) -> &'s [u8] {
+        let Some((number, next)) = script.split_first() else {
+            return script;
+        };
+        let preamble = Preamble {
+            lane: u16::from(*number),
+            ..Preamble::connection(Purpose::Lane, self.token)
+        };
+        self.lane = greet(self.door, preamble);
+        self.sender = self.lane.as_ref().and_then(|lane| {
+            let transport = SocketTransport::unix(lane.try_clone().ok()?, "the peer").ok()?;
+            let transport = Box::new(transport);
+            Some(StreamSender::new(transport, StreamLane::default()))
+        });
+        next
+    }
+
+    fn lane_bytes<'s>(&mut self, script: &'s [u8]) -> &'s [u8] {
+        let (bytes, next) = counted(script);
+        if let Some(lane) = &mut self.lane {
+            let _ = lane.write_all(bytes);
+        }
+        next
+    }
+
+    fn lane_message<'s>(&mut self, script: &'s [u8]) -> &'s [u8] {
+        let (bytes, next) = counted(script);
+        if let Some(sender) = &mut self.sender {
+            let _ = sender.send(bytes, Instant::now() + PATIENCE);
+        }
+        next
+    }
+
+    fn lane_pages<'s>(&mut self, script: &'s [u8]) -> &'s [u8] {
+        let [low, high, count, next @ ..] = script else {
+            return &[];
+        };
+        let target = u64::from(u16::from_le_bytes([*low, *high])) * 4096;
+        let soon = Instant::now() + PATIENCE;
+        let round = self.round();
+        if let Some(sender) = &mut self.sender
+            && let Ok(mut buffer) = sender.buffer(soon)
+        {
+            let length = usize::from(*count % 8) * 4096;
+            if let Some(room) = buffer.extend(length) {
+                room.fill(*low);
+            }
+            let length = length as u32;
+            let _ = sender.write(buffer, &[Placement { target, length }], soon);
+            let run = Run {
+                first: PageIndex(target / 4096),
+                count: u32::from(*count % 8),
+            };
+            let mut message = Vec::new();
+            lane::encode_pages(round, &[run], &[], 0, &mut message);
+            let _ = sender.send(&message, soon);
+            self.counts.pages += u64::from(run.count);
+        }
+        next
+    }
+
+    /// The round that has begun.
+    fn round(&self) -> u32 {
+        (self.good / 2).saturating_sub(1) as u32
+    }
+
+    fn mark<'s>(&mut self, script: &'s [u8]) -> &'s [u8] {
+        let mut message = Vec::new();
+        lane::encode_mark(self.round(), self.counts, &mut message);
+        if let Some(sender) = &mut self.sender {
+            let _ = sender.send(&message, Instant::now() + PATIENCE);
+        }
+        script
+    }
+}
+
+/// A connection with its preamble said and answered.
+fn greet(door: &Path, preamble: Preamble) -> Option<UnixStream> {
+    let mut stream = UnixStream::connect(door).ok()?;
+    stream.set_read_timeout(Some(2 * PATIENCE)).ok()?;
+    stream.set_write_timeout(Some(PATIENCE)).ok()?;
+    stream.write_all(&preamble.encode()).ok()?;
+    stream.read_exact(&mut [0; 64]).ok()?;
+    Some(stream)
+}
+
+/// As many bytes as the first one says, and what follows.
+fn counted(script: &[u8]) -> (&[u8], &[u8]) {
+    match script.split_first() {
+        Some((length, rest)) => rest.split_at(rest.len().min(usize::from(*length))),
+        None => (&[], &[]),
+    }
+}

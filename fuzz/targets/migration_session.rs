@@ -1,0 +1,10 @@
+//! Whatever a peer says to a waiting destination, on however many connections, it goes on waiting.
+
+#![no_main]
+
+use dunlin_fuzz::session;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|script: &[u8]| {
+    session::play(script, dunlin_fuzz::folder());
+});
