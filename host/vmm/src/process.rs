@@ -15,7 +15,9 @@ use dunlin_api::security::Security;
 use dunlin_api::status::VmStatus;
 use dunlin_api::{ApiError, ErrorCode, VERSION, VmConfig, VmName};
 use dunlin_migration::transport::Listener;
-use dunlin_migration::{CancelToken, Destination, DestinationOptions, MigrationError, Witness};
+use dunlin_migration::{
+    CancelToken, Destination, DestinationOptions, Following, MigrationError, Standing, Witness,
+};
 
 use crate::console::ConsoleHub;
 use crate::files::{OpenFiles, ProcessFiles};
@@ -120,6 +122,7 @@ fn live(spec: LaunchSpec, parent: &mut Parent) -> Result<(Ending, VmStatus), Api
         let surroundings = Surroundings {
             faults,
             from_file: arrived.from_file,
+            following: arrived.following,
             blueprint: arrived.guest.blueprint,
             inbox,
             doors: peers.doors.clone(),
@@ -137,7 +140,8 @@ fn live(spec: LaunchSpec, parent: &mut Parent) -> Result<(Ending, VmStatus), Api
         };
         let outcome = serve(served, &interface, parent);
         peers.console.close();
-        if let Some(witness) = arrived.witness {
+        let lost = matches!(&outcome, Ok((Ending::MemoryLost(_), _)));
+        if let Some(witness) = arrived.witness.filter(|_| !lost) {
             settle(&witness);
         }
         Ok((outcome?, files))
@@ -192,6 +196,8 @@ struct Arrived {
     phase: Phase,
     /// How it came, when it came from a file.
     from_file: Option<FromFile>,
+    /// The rest of its memory, when it came from another host before that.
+    following: Option<Following>,
     /// Answers a source that does not know yet that the guest runs here.
     witness: Option<Witness>,
     /// What another process of this host had open.
@@ -237,6 +243,7 @@ fn arrive(arriving: Arriving, peers: &Peers, parent: &mut Parent) -> Result<Arri
                 guest,
                 phase: Phase::Created,
                 from_file: Some(from_file),
+                following: None,
                 witness: None,
                 files: None,
             })
@@ -247,8 +254,16 @@ fn arrive(arriving: Arriving, peers: &Peers, parent: &mut Parent) -> Result<Arri
             peer_timeout_ms,
             security,
         } => {
-            let options = destination_options(peer_timeout_ms, peers.waiting.clone());
-            receive(&build(overrides), &listen, &security, options, parent)
+            let build = build(overrides);
+            let options = DestinationOptions {
+                faults: build.faults.clone(),
+                ..destination_options(peer_timeout_ms, peers.waiting.clone())
+            };
+            let arrived = receive(&build, &listen, &security, options, parent)?;
+            if let Some(following) = &arrived.following {
+                watch_memory(following, &peers.mailbox)?;
+            }
+            Ok(arrived)
         }
         GuestOrigin::HandOver { name } => {
             let options = destination_options(None, peers.waiting.clone());
@@ -280,6 +295,7 @@ fn take_over(
         guest,
         phase: Phase::Running,
         from_file: None,
+        following: None,
         witness: Some(arrival.witness),
         files: Some(files),
     })
@@ -301,15 +317,37 @@ fn boot(build: &Build, config: &VmConfig) -> Result<Arrived, ApiError> {
         guest,
         phase: Phase::Created,
         from_file: None,
+        following: None,
         witness: None,
         files: None,
     })
 }
 
+/// Tells the lifecycle when the rest of the guest's memory is here, or will never be.
+fn watch_memory(following: &Following, mailbox: &Mailbox) -> Result<(), ApiError> {
+    let (following, mailbox) = (following.clone(), mailbox.clone());
+    let watch = move || match following.wait() {
+        Standing::Lost { cause } => pages_ended(
+            &mailbox,
+            Err(ApiError::new(
+                ErrorCode::Peer,
+                format!("parts of it are at the host that the guest came from: {cause}"),
+            )),
+        ),
+        Standing::Ended => {}
+        Standing::Complete | Standing::Arriving | Standing::Waiting { .. } => {
+            pages_ended(&mailbox, Ok(()));
+        }
+    };
+    let thread = std::thread::Builder::new().name("memory".into());
+    thread.spawn(watch).map_err(|error| host(&error))?;
+    Ok(())
+}
+
 /// How long the lifecycle may take to hear that the guest's memory is lost.
 const HEAR: Duration = Duration::from_secs(3);
 
-/// The pages of a guest from a file are all there, or never will be.
+/// The pages of a guest that came before them are all there, or never will be.
 fn pages_ended(mailbox: &Mailbox, end: Result<(), ApiError>) {
     let Err(error) = end else {
         return mailbox.send(Message::PagesThere);
@@ -365,6 +403,7 @@ fn receive(
             guest: arrival.machine,
             phase: Phase::Running,
             from_file: None,
+            following: arrival.following,
             witness: Some(arrival.witness),
             files: None,
         }),

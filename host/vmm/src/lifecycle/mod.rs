@@ -28,6 +28,7 @@ use dunlin_api::status::{ExitReport, VmStatus};
 use dunlin_api::{ApiError, OnReboot, VmConfig};
 use dunlin_guest::SavedState;
 use dunlin_hypervisor::{EngineError, VcpuId};
+use dunlin_migration::{Following, Standing};
 use tokio::sync::oneshot;
 
 use crate::files::ProcessFiles;
@@ -76,9 +77,9 @@ pub(crate) enum Message {
     MoveEnded(Box<MoveEnd>),
     /// A save of the running guest is over.
     SaveEnded(Box<SaveEnd>),
-    /// All pages of a guest from a file are there.
+    /// All pages of a guest are there that came before them, from a file or another host.
     PagesThere,
-    /// Pages of a guest from a file cannot be had; whoever tells wants to know that it was heard.
+    /// Pages of such a guest cannot be had; whoever tells wants to know that it was heard.
     MemoryLost(ApiError, Sender<()>),
     /// The machine tells.
     Machine(MachineEvent),
@@ -185,6 +186,8 @@ pub(crate) struct Lifecycle {
     faults: Faults,
     // Behind the machine, whose parts may touch pages until they have ended.
     from_file: Option<FromFile>,
+    /// The rest of the memory of a guest that came from another host before it.
+    following: Option<Following>,
     moving: Option<JoinHandle<()>>,
     saves: Arc<SaveMonitor>,
     saving: Option<JoinHandle<()>>,
@@ -217,6 +220,8 @@ pub(crate) struct Surroundings {
     pub(crate) saves: Arc<SaveMonitor>,
     /// How the guest came, when it came from a file.
     pub(crate) from_file: Option<FromFile>,
+    /// The rest of its memory, when it came from another host before that.
+    pub(crate) following: Option<Following>,
 }
 
 impl Lifecycle {
@@ -232,6 +237,7 @@ impl Lifecycle {
             faults,
             saves,
             from_file,
+            following,
         } = surroundings;
         Self {
             phase,
@@ -242,6 +248,7 @@ impl Lifecycle {
             monitor,
             faults,
             from_file,
+            following,
             moving: None,
             saves,
             saving: None,
@@ -289,12 +296,17 @@ impl Lifecycle {
             .ending
             .take()
             .unwrap_or(Ending::Stopped("the process ended"));
-        let lost = matches!(ending, Ending::MemoryLost(_));
+        // Whatever touches memory then waits, perhaps for ever.
+        let lost = matches!(ending, Ending::MemoryLost(_)) || self.waits_for_its_source();
         if self.phase == Phase::Running && !lost {
             // Devices flush what they hold.
             if let Err(error) = self.machine.pause(crate::machine::DiskLocks::Release) {
                 tracing::error!(error = chain(&error), "devices did not stop in order");
             }
+        }
+        if let Some(following) = self.following.take_if(|_| !lost) {
+            // Nothing touches memory any more: the host that it came from may forget the rest.
+            following.end(&ending.describe());
         }
         if self.phase != Phase::Moved {
             self.phase = Phase::Stopped;
@@ -342,7 +354,7 @@ impl Lifecycle {
             Message::MemoryLost(error, heard) => {
                 let _gone = heard.send(());
                 // After a reboot the guest has another memory.
-                if self.from_file.is_some() {
+                if self.from_file.is_some() || self.following.is_some() {
                     self.end(Ending::MemoryLost(error));
                 }
             }
@@ -365,6 +377,18 @@ impl Lifecycle {
         if let Some(from_file) = &mut self.from_file {
             from_file.let_go();
         }
+        if self.following.take().is_some() {
+            self.reset_if_pending();
+        }
+    }
+
+    /// Is the guest's memory at another host that cannot be reached now?
+    fn waits_for_its_source(&self) -> bool {
+        let standing = self.following.as_ref().map(Following::standing);
+        matches!(
+            standing,
+            Some(Standing::Waiting { .. } | Standing::Lost { .. })
+        )
     }
 
     fn machine_event(&mut self, event: MachineEvent) {
@@ -382,8 +406,9 @@ impl Lifecycle {
         if self.machine.config().on_reboot == OnReboot::Stop {
             return self.end(Ending::Rebooted);
         }
-        if self.moving.is_some() || self.saving.is_some() {
-            // It works on this machine's memory: it must let go first.
+        if self.moving.is_some() || self.saving.is_some() || self.following.is_some() {
+            // It works on this machine's memory: it must let go first. What brings the guest here
+            // does so soon.
             self.reset_pending = true;
             self.monitor.cancel();
             self.saves.cancel();
@@ -411,7 +436,7 @@ impl Lifecycle {
             memory_bytes: config.memory_bytes,
             throttled_percent: self.machine.throttled(),
             restore: self.from_file.as_ref().map(FromFile::report),
-            missing_pages: None,
+            missing_pages: self.following.as_ref().map(Following::missing_pages),
             uptime_ms: u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX),
             successor: match self.ending {
                 Some(Ending::HandedOver(pid)) => Some(pid),

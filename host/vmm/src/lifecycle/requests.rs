@@ -54,8 +54,22 @@ impl Lifecycle {
         )))
     }
 
-    /// Refuses while pages of a guest from a file are missing: what is not there cannot be sent.
+    /// Refuses while pages are missing, of a guest from a file or from another host: what is not
+    /// there cannot be sent.
     pub(super) fn all_pages_are_here(&self, action: &str) -> Result<(), ApiError> {
+        self.source_is_there(action)?;
+        if let Some(following) = &self.following {
+            let name = &self.machine.config().name;
+            let missing = following.missing_pages();
+            return Err(ApiError::new(
+                ErrorCode::Busy,
+                format!(
+                    "cannot {action} VM \"{name}\": its memory is still arriving from the host that \
+                     it came from, {missing} pages are missing"
+                ),
+            )
+            .with_hint("try again in a moment"));
+        }
         let missing = self.from_file.as_ref().and_then(FromFile::missing);
         let Some((missing, all)) = missing else {
             return Ok(());
@@ -72,8 +86,26 @@ impl Lifecycle {
         .with_hint("try again in a moment; \"dunlin restore --eager\" reads all before it runs"))
     }
 
+    /// Refuses while the guest waits for the host that it came from: what has to stop may wait for
+    /// a page.
+    fn source_is_there(&self, action: &str) -> Result<(), ApiError> {
+        if !self.waits_for_its_source() {
+            return Ok(());
+        }
+        let name = &self.machine.config().name;
+        Err(ApiError::new(
+            ErrorCode::Busy,
+            format!(
+                "cannot {action} VM \"{name}\": parts of its memory are at the host that it came \
+                 from, which cannot be reached now"
+            ),
+        )
+        .with_hint("it goes on when that host is back; \"dunlin stop\" gives it up"))
+    }
+
     pub(super) fn pause(&mut self) -> Result<VmStatus, ApiError> {
         self.not_moving("pause")?;
+        self.source_is_there("pause")?;
         let next = self.phase.after(Transition::Pause)?;
         if self.phase == Phase::Running {
             self.drop_look();

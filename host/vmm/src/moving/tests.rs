@@ -136,6 +136,7 @@ impl Owner {
             let surroundings = Surroundings {
                 from_file: None,
                 saves: Arc::default(),
+                following: None,
                 blueprint: guest.blueprint,
                 inbox,
                 mailbox: others,
