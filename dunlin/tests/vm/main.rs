@@ -7,6 +7,7 @@
 
 mod baselines;
 mod engines;
+mod following;
 mod handover;
 mod life;
 mod moves;

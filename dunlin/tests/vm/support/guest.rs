@@ -44,6 +44,34 @@ pub(crate) fn counts_on_the_debug_port() -> Vec<u8> {
     ]
 }
 
+/// Counts in each page of 4 MiB, one lap after the other, and prints the next letter after each lap;
+/// `!` when a page does not hold what the last lap left.
+pub(crate) fn laps() -> Vec<u8> {
+    vec![
+        0xbb, 0, 0, 0, 0, // mov ebx, 0
+        0xbf, 0, 0, 0x20, 0, // lap: mov edi, 0x200000
+        0x39, 0x1f, // next: cmp [edi], ebx
+        0x75, 0x27, // jne bad
+        0xff, 0x07, // inc dword [edi]
+        0x81, 0xc7, 0, 0x10, 0, 0, // add edi, 0x1000
+        0x81, 0xff, 0, 0, 0x60, 0, // cmp edi, 0x600000
+        0x75, 0xec, // jne next
+        0x43, // inc ebx
+        0x89, 0xd8, // mov eax, ebx
+        0x31, 0xd2, // xor edx, edx
+        0xb9, 26, 0, 0, 0, // mov ecx, 26
+        0xf7, 0xf1, // div ecx
+        0x88, 0xd0, // mov al, dl
+        0x04, b'a', // add al, 'a'
+        0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+        0xee, // out dx, al
+        0xeb, 0xd0, // jmp lap
+        0xb0, b'!', 0x66, 0xba, 0xf8, 0x03,
+        0xee, // bad: mov al, '!'; mov dx, 0x3f8; out dx, al
+        0xfa, 0xf4, 0xeb, 0xfd, // halt
+    ]
+}
+
 /// Prints `R` and resets itself by ACPI.
 pub(crate) fn reboots() -> Vec<u8> {
     let mut code = out_byte(0x3f8, b'R');
