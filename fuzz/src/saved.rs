@@ -1,6 +1,7 @@
 //! What a saved guest's file may say.
 //!
-//! An input is a recipe for a file. Its first byte says what it starts from, the rest is read as steps:
+//! An input is a recipe for a file. Its first byte says what it starts from, the rest is read as
+//! steps:
 //!
 //! | starts from | steps |
 //! |---|---|
@@ -8,7 +9,8 @@
 //! | 2: nothing but the head of the first format | a frame: kind, length, content |
 //! | others: nothing | bytes, as they are |
 //!
-//! Checksums and sequence numbers are put right afterwards, since a file that means harm has them right. Shared by the
+//! Checksums and sequence numbers are put right afterwards, since a file that means harm has them
+//! right. Shared by the
 //! fuzz target and the test that runs its regression corpus.
 
 use std::path::Path;
@@ -225,7 +227,8 @@ fn repair(bytes: &mut [u8]) {
     }
 }
 
-/// Numbers and checks the frames from `at` on, as far as they look like some; returns the next number.
+/// Numbers and checks the frames from `at` on, as far as they look like some; returns the next
+/// number.
 fn repair_frames(bytes: &mut [u8], mut at: usize, mut sequence: u64) -> u64 {
     while let Some(length) = bytes.get(at..at + 4) {
         let length = u32::from_le_bytes(length.try_into().expect("four bytes are four"));

@@ -13,7 +13,8 @@
 //! | 6 | bytes on the control connection, as they are: length, content |
 //! | 7 | the lane's mark of the round, which follows from what was sent |
 //!
-//! The destination is a real one, over unix sockets. Shared by the fuzz target and the test that runs its
+//! The destination is a real one, over unix sockets. Shared by the fuzz target and the test that
+//! runs its
 //! regression corpus.
 
 use std::io::{Read, Write};
@@ -35,7 +36,8 @@ use super::saved::{Machine, RAM};
 /// For everything: nothing is far away.
 const PATIENCE: Duration = Duration::from_millis(50);
 
-/// Plays a script to a destination that listens in `folder`; returns what that said on the control connection.
+/// Plays a script to a destination that listens in `folder`; returns what that said on the control
+/// connection.
 pub fn play(script: &[u8], folder: &Path) -> Vec<u8> {
     let door = folder.join("door");
     let listener = Listener::unix(&door).expect("the folder is there");

@@ -112,7 +112,8 @@ pub struct Mover {
 pub struct Hop {
     /// What `dunlin migrate --json` printed.
     pub report: Value,
-    /// The guest's longest silence at the change of hosts, in milliseconds; `None` for a guest that does not tick.
+    /// The guest's longest silence at the change of hosts, in milliseconds; `None` for a guest
+    /// that does not tick.
     pub blackout_ms: Option<f64>,
     /// The longest silence in the calm before the move, in milliseconds.
     pub control_ms: Option<f64>,

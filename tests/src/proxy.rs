@@ -4,8 +4,10 @@
 //!  source ──tcp──► Proxy ──tcp──► destination      each connection: two threads, one a way
 //! ```
 //!
-//! Control connections are followed frame by frame, as far as the protocol lets anybody: a preamble of 64 bytes, then
-//! headers that begin with the length of the payload and the frame's kind. All others are counted in bytes.
+//! Control connections are followed frame by frame, as far as the protocol lets anybody: a
+//! preamble of 64 bytes, then
+//! headers that begin with the length of the payload and the frame's kind. All others are counted
+//! in bytes.
 //! Harm is done once.
 
 use std::collections::BTreeMap;
@@ -108,7 +110,8 @@ pub struct Trace {
     pub others: Vec<[u64; 2]>,
 }
 
-/// What the proxy calls to kill a process: it is given [`Harm::KillSource`] or [`Harm::KillDestination`].
+/// What the proxy calls to kill a process: it is given [`Harm::KillSource`] or
+/// [`Harm::KillDestination`].
 pub type Kill = Box<dyn Fn(Harm) + Send + Sync>;
 
 /// Listens in the destination's place.
@@ -153,7 +156,8 @@ impl Proxy {
             .name("proxy-door".into())
             .spawn(move || {
                 for stream in listener.incoming().flatten() {
-                    // When the destination is gone, so is this door: who knocks is refused, as there.
+                    // When the destination is gone, so is this door: who knocks is refused, as
+                    // there.
                     if theirs.closed.load(Ordering::SeqCst) || theirs.connect(stream).is_err() {
                         return;
                     }

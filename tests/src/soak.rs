@@ -1,9 +1,12 @@
-//! Moves that go wrong: at a random place of the conversation of source and destination something breaks, and
+//! Moves that go wrong: at a random place of the conversation of source and destination something
+//! breaks, and
 //! afterwards exactly one whole guest must live, or its loss must have been said.
 //!
-//! A run is a fresh guest, a fresh pair of hosts and one fault, all of it drawn from the run's number and the seed;
+//! A run is a fresh guest, a fresh pair of hosts and one fault, all of it drawn from the run's
+//! number and the seed;
 //! the same numbers draw the same fault again, though the guest writes as it pleases. First one
-//! move of each mode without a fault shows which frames there are, and how many; a fault picks one of their
+//! move of each mode without a fault shows which frames there are, and how many; a fault picks one
+//! of their
 //! kinds, and then one of that kind, so that the few frames that decide are struck as often as the
 //! many that carry pages.
 
@@ -58,7 +61,8 @@ pub enum Verdict {
     Moved,
     /// The guest lives at the source, whole.
     Stayed,
-    /// The source did not know, and said so; the destination was dead for certain, and the guest went on at the
+    /// The source did not know, and said so; the destination was dead for certain, and the guest
+    /// went on at the
     /// source when asked to.
     ResumedAfterDoubt,
     /// The guest's host was killed, and it was said that the guest is lost.
@@ -83,7 +87,8 @@ pub struct Summary {
 /// Runs the plan; `progress` hears of each run.
 ///
 /// # Errors
-/// When a move without a fault fails, or the user wants to stop. A run that ends badly is no error but a failure in
+/// When a move without a fault fails, or the user wants to stop. A run that ends badly is no error
+/// but a failure in
 /// the summary.
 pub fn run(plan: &Plan, mut progress: impl FnMut(u64, &str)) -> anyhow::Result<Summary> {
     let mut traces = Vec::new();

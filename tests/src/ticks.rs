@@ -1,4 +1,5 @@
-//! Hears the benchmark guest: takes the bytes of its port from every host on which it runs, and notes when
+//! Hears the benchmark guest: takes the bytes of its port from every host on which it runs, and
+//! notes when
 //! each came.
 //!
 //! ```text
@@ -6,8 +7,10 @@
 //!  host b ── socket ──► reader ─┴─► streams ──► Follower ──► what was said, when, on which host
 //! ```
 //!
-//! Each host's process connects to one socket. A stream per connection; one guest speaks on one at a time, and
-//! the streams, one after the other, are its words. A guest that speaks on two at once, or says a thing
+//! Each host's process connects to one socket. A stream per connection; one guest speaks on one at
+//! a time, and
+//! the streams, one after the other, are its words. A guest that speaks on two at once, or says a
+//! thing
 //! twice, shows as an error.
 
 use std::io::Read;
@@ -22,7 +25,8 @@ use dunlin_guest_migbench::{Event, Listener};
 
 use crate::process;
 
-/// How old the first byte of the next host must be before the last host counts as silent, unless its process has
+/// How old the first byte of the next host must be before the last host counts as silent, unless
+/// its process has
 /// ended. A byte that comes from it later is an error.
 const SETTLED: Duration = Duration::from_millis(100);
 
@@ -136,7 +140,8 @@ impl Recorder {
         Some(streams.get(stream)?.bytes.last()?.0)
     }
 
-    /// Waits until the guest, whose words came on these streams one after the other, has checked all of its memory in a
+    /// Waits until the guest, whose words came on these streams one after the other, has checked
+    /// all of its memory in a
     /// pass that begins from now on.
     ///
     /// # Errors

@@ -11,7 +11,8 @@ use dunlin_testbed::process;
 /// Arguments of `cargo xtask fuzz`.
 #[derive(Debug, Args)]
 pub(crate) struct FuzzArguments {
-    /// Only this target, e.g. `cpu_code`, or those of an area, `migration`; all of them, one after the other, without
+    /// Only this target, e.g. `cpu_code`, or those of an area, `migration`; all of them, one after
+    /// the other, without
     target: Option<String>,
     /// How long each target runs
     #[arg(long, default_value_t = 60, conflicts_with = "minutes")]

@@ -10,7 +10,8 @@
 use crate::parameters::KEYS;
 use crate::program::{self, NAMES, vector};
 
-/// Where memory begins that may be filled; everything of the guest's own and of the loader's is below.
+/// Where memory begins that may be filled; everything of the guest's own and of the loader's is
+/// below.
 pub(crate) const USABLE: u32 = 0x20_0000;
 /// Where the memory ends that the guest can reach.
 pub(crate) const LIMIT: u64 = DIRECTORIES << 30;
@@ -130,7 +131,8 @@ fn segment(program: &program::Program) -> Vec<u8> {
         memory.entry(GDT + index * 8, descriptor);
     }
     memory.entry(TASK_STATE + 4, STACK_RING_0.into());
-    // The map of allowed ports follows; some machines look there in spite of IOPL 3. It lets ports below 0x100
+    // The map of allowed ports follows; some machines look there in spite of IOPL 3. It lets ports
+    // below 0x100
     // pass, and ends with a byte of ones (SDM vol. 1, 19.5.2).
     memory.write(TASK_STATE + 0x66, &0x68u16.to_le_bytes());
     memory.write(TASK_STATE + TASK_LIMIT as u32, &[0xff]);

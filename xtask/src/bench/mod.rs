@@ -96,7 +96,8 @@ impl Row {
         }
     }
 
-    /// A figure whose share of `values` from below (0.99: all but the highest hundredth) must not exceed a limit:
+    /// A figure whose share of `values` from below (0.99: all but the highest hundredth) must not
+    /// exceed a limit:
     /// `bound` is the share and the limit.
     fn percentile_at_most(
         name: &str,

@@ -1,4 +1,5 @@
-//! Moves during which something breaks: how many of them leave one whole guest, or say that it is lost.
+//! Moves during which something breaks: how many of them leave one whole guest, or say that it is
+//! lost.
 
 use super::Bench;
 use crate::bench::Row;

@@ -1,7 +1,9 @@
-//! What moving a guest costs, and how long the guest stands still: Dunlin beside QEMU and beside a raw copy,
+//! What moving a guest costs, and how long the guest stands still: Dunlin beside QEMU and beside a
+//! raw copy,
 //! with the benchmark guest, through the binary, as the guest itself sees it.
 //!
-//! Every figure of a group comes from one run of its function; sides that are compared take turns. A group
+//! Every figure of a group comes from one run of its function; sides that are compared take turns.
+//! A group
 //! that fails, or that the binary does not offer, leaves rows without a value and says why.
 
 mod blackout;

@@ -1,4 +1,5 @@
-//! What takes but a moment: handing a guest to another process of the same host, and running a saved one.
+//! What takes but a moment: handing a guest to another process of the same host, and running a
+//! saved one.
 
 use std::time::Duration;
 

@@ -1,4 +1,5 @@
-//! A raw copy over loopback TCP: the bound that a move's rate is held against. One side writes memory that is
+//! A raw copy over loopback TCP: the bound that a move's rate is held against. One side writes
+//! memory that is
 //! there, the other reads into a fresh memfd, whose pages come as they are written, as at a move's
 //! destination.
 

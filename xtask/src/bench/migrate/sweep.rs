@@ -1,4 +1,5 @@
-//! Moves of many kinds of guests, one kind after the other: what changes with what. For the record; no row of
+//! Moves of many kinds of guests, one kind after the other: what changes with what. For the
+//! record; no row of
 //! it has a limit.
 
 use dunlin_guest_migbench::{Fill, Parameters};
