@@ -14,11 +14,14 @@
 //! fuzz target and the test that runs its regression corpus.
 
 use std::path::Path;
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex, OnceLock};
 
 use dunlin_guest::{Memory, PageIndex, SavedState};
+use dunlin_migration::file::{self, LazyRestore};
 use dunlin_migration::protocol::message::{Configuration, FileHeader, Region, RoundBegin};
 use dunlin_migration::protocol::{Header, Kind, Message, Preamble, Purpose, Token};
-use dunlin_migration::{DestinationMachine, MachineError, Slowdown, SourceMachine, file};
+use dunlin_migration::{DestinationMachine, MachineError, Slowdown, SourceMachine, Userfaultfd};
 
 /// RAM of the guest in good files, and the most that a file's guest gets.
 pub const RAM: u64 = 1 << 20;
@@ -107,7 +110,56 @@ pub fn read(input: &[u8], path: &Path) -> bool {
     };
     std::fs::write(path, bytes).expect("there is room for an input");
     let _refused = file::inspect(path);
-    file::restore(path, |_| Ok(Machine::new())).is_ok()
+    let whole = file::restore(path, |_| Ok(Machine::new()));
+    if let Some(faults) = faults() {
+        let behind = read_behind(path, faults);
+        assert_eq!(
+            behind.as_ref().map(content),
+            whole.as_ref().ok().map(content),
+            "a guest is another one when it runs before its pages are read"
+        );
+    }
+    whole.is_ok()
+}
+
+/// Where the host permits it; said once where not.
+fn faults() -> Option<Arc<Userfaultfd>> {
+    static FAULTS: OnceLock<Option<Arc<Userfaultfd>>> = OnceLock::new();
+    let open = || match Userfaultfd::open() {
+        Ok(faults) => Some(Arc::new(faults)),
+        Err(error) => {
+            eprintln!("SKIP: pages are not read behind the guest: {error}");
+            None
+        }
+    };
+    FAULTS.get_or_init(open).clone()
+}
+
+/// Reads the file behind the machine; the machine when all pages came.
+fn read_behind(path: &Path, faults: Arc<Userfaultfd>) -> Option<Machine> {
+    // One descriptor serves one guest at a time.
+    static ONE: Mutex<()> = Mutex::new(());
+    let _one = ONE.lock();
+    let (sender, ends) = channel();
+    let lazy = LazyRestore {
+        faults,
+        on_end: Box::new(move |end| {
+            let _nobody_waits = sender.send(end.is_ok());
+        }),
+    };
+    let restored = file::restore_lazily(path, lazy, |_| Ok(Machine::new())).ok()?;
+    let came = restored.rest.is_none() || ends.recv().unwrap_or(false);
+    drop(restored.rest);
+    came.then_some(restored.machine)
+}
+
+fn content(machine: &Machine) -> Vec<[u8; 4096]> {
+    let pages = (0..machine.0.pages()).map(|page| {
+        let mut content = [0; 4096];
+        machine.0.read_page(PageIndex(page), &mut content);
+        content
+    });
+    pages.collect()
 }
 
 /// A file of the present format: pages with and without content.

@@ -24,7 +24,7 @@ use std::time::Duration;
 use dunlin_guest::PageIndex;
 
 use super::error::SnapshotError;
-use super::reader::{Buffer, Opened, Snapshot};
+use super::reader::{Buffer, Opened, Snapshot, hash_of};
 use super::table::{EXTENT_PAGES, Extent, Found};
 use super::{check_ram, restore_opened};
 use crate::machine::{DestinationMachine, MachineError};
@@ -240,7 +240,7 @@ impl Inner {
     /// Brings in a page, and what lies beside it.
     fn bring(&self, page: PageIndex, buffer: &mut Buffer) -> Result<(), SnapshotError> {
         match self.snapshot.table().find(page) {
-            Found::Extent(extent) => self.place(extent, buffer),
+            Found::Extent(extent) => self.place(extent, buffer).map(drop),
             Found::Zeros(zeros) => {
                 let count = (zeros.end - page.0).min(EXTENT_PAGES as u64);
                 self.memory.place_zeros(page, count)?;
@@ -249,39 +249,51 @@ impl Inner {
         }
     }
 
-    fn place(&self, extent: &Extent, buffer: &mut Buffer) -> Result<(), SnapshotError> {
+    /// Brings in an extent; what it adds to the hash of RAM.
+    fn place(&self, extent: &Extent, buffer: &mut Buffer) -> Result<u64, SnapshotError> {
         let content = self.snapshot.content(extent, buffer)?;
         self.memory.place(extent.first, content.as_flattened())?;
-        Ok(())
+        Ok(hash_of(extent, content))
     }
 
-    /// Brings in everything.
+    /// Brings in everything, unless it is told to end before.
     fn fill(&self) {
         be_nice();
-        let mut extents = self.snapshot.table().extents().to_vec();
-        extents.sort_unstable_by_key(|extent| extent.at);
+        match self.place_all() {
+            Ok(true) => self.done(),
+            Ok(false) => {}
+            Err(error) => self.fail(error),
+        }
+    }
+
+    fn place_all(&self) -> Result<bool, SnapshotError> {
         let mut buffer = Buffer::new();
-        for extent in &extents {
+        let mut hash = 0u64;
+        for extent in &self.snapshot.in_order() {
             if self.ended() {
-                return;
+                return Ok(false);
             }
-            if let Err(error) = self.place(extent, &mut buffer) {
-                return self.fail(error);
-            }
+            hash = hash.wrapping_add(self.place(extent, &mut buffer)?);
             let count = u64::from(extent.count);
             self.pages.fetch_add(count, Ordering::Relaxed);
         }
+        self.snapshot.check_hash(hash)?;
+        Ok(true)
+    }
+
+    fn done(&self) {
         let mut state = self.lock();
-        if matches!(state.0, State::Restoring | State::Running) {
-            state.0 = State::Done;
-            // Holes that are left are zero.
-            self.let_go();
-            let on_end = state.1.take();
-            drop(state);
-            self.end();
-            if let Some(on_end) = on_end {
-                on_end(Ok(()));
-            }
+        if !matches!(state.0, State::Restoring | State::Running) {
+            return;
+        }
+        state.0 = State::Done;
+        // Holes that are left are zero.
+        self.let_go();
+        let on_end = state.1.take();
+        drop(state);
+        self.end();
+        if let Some(on_end) = on_end {
+            on_end(Ok(()));
         }
     }
 

@@ -151,25 +151,42 @@ impl Snapshot {
         Ok(pages)
     }
 
-    /// Brings all pages into `memory`, which is zero.
-    pub(super) fn fill(&self, memory: &Memory) -> Result<(), SnapshotError> {
+    /// All extents in the order in which they lie in the file.
+    pub(super) fn in_order(&self) -> Vec<Extent> {
         let mut extents = self.table.extents().to_vec();
         extents.sort_unstable_by_key(|extent| extent.at);
+        extents
+    }
+
+    /// Is this the hash of RAM that was written, once all pages have been read?
+    pub(super) fn check_hash(&self, hash: u64) -> Result<(), SnapshotError> {
+        if hash == self.hash {
+            return Ok(());
+        }
+        Err(SnapshotError::not_whole("its pages are of another guest"))
+    }
+
+    /// Brings all pages into `memory`, which is zero.
+    pub(super) fn fill(&self, memory: &Memory) -> Result<(), SnapshotError> {
         let mut buffer = Buffer::new();
         let mut hash = 0u64;
-        for extent in &extents {
+        for extent in &self.in_order() {
             let content = self.content(extent, &mut buffer)?;
+            hash = hash.wrapping_add(hash_of(extent, content));
             for (page, bytes) in (extent.first.0..).map(PageIndex).zip(content) {
-                hash = hash.wrapping_add(pages::hash(page, bytes));
                 memory.write_page(page, bytes);
             }
         }
-        if hash == self.hash {
-            Ok(())
-        } else {
-            Err(SnapshotError::not_whole("its pages are of another guest"))
-        }
+        self.check_hash(hash)
     }
+}
+
+/// What an extent adds to the hash of RAM.
+pub(super) fn hash_of(extent: &Extent, content: &[[u8; PAGE]]) -> u64 {
+    let pages = (extent.first.0..).map(PageIndex).zip(content);
+    pages.fold(0, |sum, (page, bytes)| {
+        sum.wrapping_add(pages::hash(page, bytes))
+    })
 }
 
 /// Room for an extent's content.

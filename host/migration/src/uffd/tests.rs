@@ -116,7 +116,7 @@ fn a_writer_waits_until_writes_are_allowed_and_readers_do_not() {
     }
     faulting.memory().write_page(PageIndex(7), &[1; PAGE]);
     faulting.register_writes().unwrap();
-    faulting.forbid_writes().unwrap();
+    faulting.forbid_writes(PageIndex(0), 256).unwrap();
     // One page that is there, and one that is a hole.
     for (page, before) in [(7, 1), (8, 0)] {
         assert_eq!(content(faulting.memory(), page), [before; PAGE]);

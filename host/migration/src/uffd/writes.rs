@@ -13,10 +13,10 @@ impl FaultingMemory {
         self.watch(raw::MODE_WRITES)
     }
 
-    /// From now on who writes a page of RAM waits until that is allowed again. Holes are pages, too.
-    pub(crate) fn forbid_writes(&self) -> Result<(), UffdError> {
-        let pages = self.memory().pages();
-        self.protect(PageIndex(0), pages, raw::PROTECT)
+    /// From now on who writes one of `count` pages from `first` on waits until that is allowed
+    /// again. Holes are pages, too.
+    pub(crate) fn forbid_writes(&self, first: PageIndex, count: u64) -> Result<(), UffdError> {
+        self.protect(first, count, raw::PROTECT)
     }
 
     /// Allows writes to `count` pages from `first` on, and wakes who waits there.

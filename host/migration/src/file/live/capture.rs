@@ -1,17 +1,20 @@
 //! Copies pages of a running guest before they change.
 //!
-//! One thread decides about all pages, so that none is copied twice, or after it was written. It
-//! works by groups of pages: one that somebody waits to write is copied at once, then the next in
-//! order. A copy is not yet on the disk: in order, copies stay within [`AHEAD`] bytes before it;
+//! Until the moment that is to be saved, a group of pages that somebody waits to write is opened to
+//! writers, and noted; at that moment it is closed again ([`CaptureThread::freeze`]), so that the
+//! guest stops for the few groups that it has just written, not for all of its memory.
+//!
+//! From then on one thread decides about all pages, so that none is copied twice, or after it was
+//! written: a group that somebody waits to write is copied at once, then the next in order. A copy is not yet on the disk: in order, copies stay within [`AHEAD`] bytes before it;
 //! for writers, within [`LIMIT`], and only beyond that does the disk slow the guest down.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -34,13 +37,29 @@ const HOLE_PAGES: u64 = 16 << 10;
 const GROUP: u64 = EXTENT_PAGES as u64;
 
 /// What both sides see.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
+    phase: Mutex<Phase>,
     /// Bytes that were copied and are not written to the file.
     backlog: AtomicUsize,
     /// Pages that were copied.
     pages: AtomicU64,
     stop: AtomicBool,
+}
+
+#[derive(Debug)]
+enum Phase {
+    /// Writers go ahead. These groups were opened to them.
+    Before(BTreeSet<u64>),
+    /// What is written is copied first.
+    Since,
+}
+
+impl Shared {
+    fn phase(&self) -> MutexGuard<'_, Phase> {
+        // The phase is whole between any two statements.
+        self.phase.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// The copies, for whoever writes them to the disk.
@@ -84,12 +103,29 @@ fn ring(bell: &UnixStream) {
 
 /// A capture that runs.
 pub(super) struct CaptureThread {
+    watched: FaultingMemory,
     thread: Option<JoinHandle<Result<u64, SnapshotError>>>,
     bell: Arc<UnixStream>,
     shared: Arc<Shared>,
 }
 
 impl CaptureThread {
+    /// This is the moment that is to be saved: nobody writes now, and what is written from now on
+    /// is copied first.
+    pub(super) fn freeze(&self) -> Result<(), SnapshotError> {
+        let mut phase = self.shared.phase();
+        if let Phase::Before(open) = &*phase {
+            for &group in open {
+                let (first, pages) = pages_of(&self.watched, group);
+                self.watched.forbid_writes(first, pages)?;
+            }
+        }
+        *phase = Phase::Since;
+        drop(phase);
+        ring(&self.bell);
+        Ok(())
+    }
+
     /// Waits for its end, or makes it end at once. Returns how often a writer had to wait.
     pub(super) fn end(mut self, at_once: bool) -> Result<u64, SnapshotError> {
         if at_once {
@@ -117,6 +153,13 @@ impl Drop for CaptureThread {
             let _panicked = thread.join();
         }
     }
+}
+
+/// The pages of a group: the first, and how many.
+fn pages_of(watched: &FaultingMemory, group: u64) -> (PageIndex, u64) {
+    let first = group * GROUP;
+    let left = watched.memory().pages().saturating_sub(first);
+    (PageIndex(first), left.min(GROUP))
 }
 
 /// The capture itself.
@@ -147,7 +190,12 @@ impl Capture {
         let (bell, ringer) = pair.map_err(SnapshotError::io("get ready to write"))?;
         let (content, copies) = mpsc::channel();
         let (buffers, empty) = mpsc::channel();
-        let shared = Arc::<Shared>::default();
+        let shared = Arc::new(Shared {
+            phase: Mutex::new(Phase::Before(BTreeSet::new())),
+            backlog: AtomicUsize::new(0),
+            pages: AtomicU64::new(0),
+            stop: AtomicBool::new(false),
+        });
         let captured = Captured {
             content: copies,
             empty: buffers,
@@ -170,14 +218,16 @@ impl Capture {
         Ok((capture, captured))
     }
 
-    /// Begins, once writes are forbidden.
+    /// Begins, before writes are forbidden.
     pub(super) fn start(self) -> Result<CaptureThread, SnapshotError> {
         let (bell, shared) = (Arc::clone(&self.ringer), Arc::clone(&self.shared));
+        let watched = self.watched.clone();
         let thread = std::thread::Builder::new()
             .name("capture".into())
             .spawn(move || self.run())
             .map_err(SnapshotError::io("start a thread that fills"))?;
         Ok(CaptureThread {
+            watched,
             thread: Some(thread),
             bell,
             shared,
@@ -186,6 +236,10 @@ impl Capture {
 
     fn run(mut self) -> Result<u64, SnapshotError> {
         let memory = self.watched.memory().clone();
+        while self.open_to_writers()? {
+            self.wait(true)?;
+        }
+        // Asked only from here on: a hole that was found before could have been filled.
         let mut holes = Extents::new(&memory);
         loop {
             if self.shared.stop.load(Ordering::Acquire) {
@@ -195,21 +249,54 @@ impl Capture {
             let backlog = self.shared.backlog.load(Ordering::Acquire);
             if let Some(&address) = self.waiting.front() {
                 if backlog >= LIMIT {
-                    uffd::wait_readable(self.bell.as_raw_fd(), SLICE)?;
-                    self.hear_bell();
+                    self.wait(false)?;
                     continue;
                 }
                 self.waiting.pop_front();
                 self.serve(address, &mut holes)?;
             } else if backlog >= AHEAD {
-                self.watched.uffd().wait(self.bell.as_raw_fd(), SLICE)?;
-                self.hear_bell();
+                self.wait(true)?;
             } else if let Some(group) = self.next_group() {
                 self.copy_in_order(group, &mut holes)?;
             } else {
                 return Ok(self.held);
             }
         }
+    }
+
+    /// Lets those who wait write, before the moment that is to be saved; false when that has come.
+    fn open_to_writers(&mut self) -> Result<bool, SnapshotError> {
+        if self.shared.stop.load(Ordering::Acquire) {
+            return Err(SnapshotError::Cancelled);
+        }
+        self.hear_faults()?;
+        let mut phase = self.shared.phase();
+        let Phase::Before(open) = &mut *phase else {
+            return Ok(false);
+        };
+        for address in self.waiting.drain(..) {
+            let Some(page) = self.watched.page_at(address) else {
+                continue;
+            };
+            let group = page.0 / GROUP;
+            let (first, pages) = pages_of(&self.watched, group);
+            self.watched.allow_writes(first, pages)?;
+            open.insert(group);
+        }
+        Ok(true)
+    }
+
+    /// Waits for the bell, or for a fault, too.
+    fn wait(&self, for_faults: bool) -> Result<(), SnapshotError> {
+        let bell = self.bell.as_raw_fd();
+        if for_faults {
+            self.watched.uffd().wait(bell, SLICE)?;
+        } else {
+            uffd::wait_readable(bell, SLICE)?;
+        }
+        let mut bell = &self.bell;
+        let _silent = bell.read(&mut [0; 64]);
+        Ok(())
     }
 
     fn hear_faults(&mut self) -> Result<(), SnapshotError> {
@@ -219,11 +306,6 @@ impl Capture {
             self.waiting.extend(faults);
         }
         Ok(())
-    }
-
-    fn hear_bell(&self) {
-        let mut bell = &self.bell;
-        let _silent = bell.read(&mut [0; 64]);
     }
 
     /// Copies what somebody waits to write. Who waits in a group that was copied before has been

@@ -2,7 +2,9 @@
 //!
 //! ```text
 //!  caller's thread                       capture thread                       guest
-//!  pause, states, forbid all writes ───▶ (starts)                             paused
+//!  forbids all writes                    allows what somebody wants to write  runs
+//!  pause, states                                                              paused
+//!  forbids again what was allowed ─────▶ (from now on copies)
 //!  resume ──────────────────────────────────────────────────────────────────▶ runs
 //!  writes content to the file ◀── content ── a group that somebody wants
 //!                                            to write: copy, allow            ◀─ waits for the copy
@@ -19,7 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use dunlin_guest::SavedState;
+use dunlin_guest::{PageIndex, SavedState};
 
 use self::capture::{Capture, CaptureThread, Captured};
 use super::SaveReport;
@@ -96,12 +98,12 @@ pub fn save_live(
     let watched = FaultingMemory::new(Arc::clone(&live.faults), memory.clone());
     let watched = Watched::register(watched).map_err(runs)?;
     let (capture, captured) = Capture::new(watched.memory.clone()).map_err(runs)?;
-    let moment = Moment::take(machine, &watched, capture)?;
-    let Moment {
-        states,
-        thread,
-        pause,
-    } = moment;
+    let thread = capture.start().map_err(runs)?;
+    // While the guest runs: there are many pages, and it stops for none of them.
+    let pages = memory.pages();
+    let all = watched.memory.forbid_writes(PageIndex(0), pages);
+    all.map_err(runs)?;
+    let Moment { states, pause } = Moment::take(machine, &watched, &thread)?;
     let front = Front {
         memory: &memory,
         machine: machine.configuration(),
@@ -126,10 +128,9 @@ pub fn save_live(
     })
 }
 
-/// What the file is to hold.
+/// What the file is to hold besides memory.
 struct Moment {
     states: Vec<SavedState>,
-    thread: CaptureThread,
     /// How long the guest was stopped for it.
     pause: Duration,
 }
@@ -138,23 +139,18 @@ impl Moment {
     fn take(
         machine: &mut dyn SourceMachine,
         watched: &Watched,
-        capture: Capture,
+        capture: &CaptureThread,
     ) -> Result<Self, LiveFailure> {
         let begun = Instant::now();
         machine.pause().map_err(runs)?;
-        // The capture starts before the guest goes on, since going on may write guest memory.
-        let frozen = freeze(machine, watched).and_then(|states| Ok((states, capture.start()?)));
+        let frozen = freeze(machine, capture);
         if frozen.is_err() {
             watched.release();
         }
         let resumed = machine.resume();
         let pause = begun.elapsed();
         match (frozen, resumed) {
-            (Ok((states, thread)), Ok(())) => Ok(Self {
-                states,
-                thread,
-                pause,
-            }),
+            (Ok(states), Ok(())) => Ok(Self { states, pause }),
             (Err(error), Ok(())) => Err(runs(error)),
             (frozen, Err(error)) => {
                 let guest = AfterFailure::Paused;
@@ -166,13 +162,13 @@ impl Moment {
     }
 }
 
-/// The states of a paused guest, whose memory cannot be written from now on.
+/// The states of a paused guest, whose memory is copied before it is written from now on.
 fn freeze(
     machine: &mut dyn SourceMachine,
-    watched: &Watched,
+    capture: &CaptureThread,
 ) -> Result<Vec<SavedState>, SnapshotError> {
     let states = machine.save()?;
-    watched.memory.forbid_writes()?;
+    capture.freeze()?;
     Ok(states)
 }
 
