@@ -41,5 +41,5 @@ pub use report::{
     DestinationReport, MigrationReport, Outcome, PostCopyReport, RoundKind, RoundReport,
     SwitchOverReport,
 };
-pub use source::{Phase, Source, Verdict, resolve};
+pub use source::{Phase, Source, Verdict, predict, resolve};
 pub use uffd::{UffdError, Userfaultfd};

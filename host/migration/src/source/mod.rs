@@ -9,6 +9,7 @@ pub(crate) mod opening;
 mod packing;
 mod policy;
 mod post_copy;
+pub mod predict;
 mod sent;
 mod squeeze;
 mod throttle;
