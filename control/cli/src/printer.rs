@@ -25,6 +25,11 @@ impl Printer {
         self.json
     }
 
+    /// May a result be drawn: is it read on a terminal?
+    pub fn draws(&self) -> bool {
+        !self.json && io::stdout().is_terminal()
+    }
+
     /// A command's result: `value` as one line of JSON, or `text` for people.
     pub fn result<T: Serialize>(&self, value: &T, text: impl FnOnce() -> String) {
         let line = if self.json {

@@ -20,6 +20,64 @@ fn a_guest_moves_and_counts_on() {
 }
 
 #[test]
+fn a_move_is_explained_beforehand_and_afterwards() {
+    let (source, mut destination) = (Bed::new(), Bed::new());
+    source.run("a", &guest::letters(), &[]);
+    source.console("a").at_least(10);
+    let to = destination.receive(&["--once"]);
+    let only = source.json(&["migrate", "a", "--to", &to, "--explain=only"]);
+    assert_eq!(source.json(&["ps"])["vms"][0]["state"], "running");
+    assert_eq!(source.json(&["inspect", "a"])["migration"]["phase"], "none");
+    assert_eq!(only["converges"], true, "{only}");
+    assert_eq!(only["ram_bytes"], 8 << 20, "{only}");
+    assert_eq!(only["goodput_source"], "assumed", "{only}");
+    assert!(only["measured_ms"].as_f64().unwrap() >= 500.0, "{only}");
+    // The counter's page, and what printing touches.
+    let working_set = only["working_set_bytes"].as_u64().unwrap();
+    assert!((4096..1 << 20).contains(&working_set), "{only}");
+    let sent = only["bytes"].as_u64().unwrap();
+    assert!((4096..8 << 20).contains(&sent), "{only}");
+    let limited = ["--bandwidth", "1M", "--explain=only"];
+    let limited = source.json(&[&["migrate", "a", "--to", &to], &limited[..]].concat());
+    assert_eq!(limited["goodput_source"], "limit", "{limited}");
+    let report = source.json(&["migrate", "a", "--to", &to, "--explain"]);
+    assert_eq!(report["outcome"], "moved", "{report}");
+    assert_eq!(report["prediction"]["converges"], true, "{report}");
+    let figures = report["figures"].as_array().unwrap();
+    let names: Vec<_> = figures.iter().map(|figure| &figure["name"]).collect();
+    assert_eq!(names[..3], ["total_ms", "bytes", "blackout_ms"], "{report}");
+    for figure in figures {
+        let (expected, measured) = (&figure["predicted"], figure["measured"].as_f64().unwrap());
+        let off = (expected.as_f64().unwrap() - measured) / measured * 100.0;
+        assert!(
+            (figure["off_percent"].as_f64().unwrap() - off).abs() < 1e-6,
+            "{figure}"
+        );
+    }
+    assert_no_gap(destination.console("a").at_least(100));
+}
+
+#[test]
+fn a_paused_guest_is_not_explained_and_a_counted_one_waits() {
+    let bed = Bed::new();
+    bed.run("a", &guest::letters(), &[]);
+    bed.json(&["pause", "a"]);
+    let move_nowhere = [
+        "migrate",
+        "a",
+        "--to",
+        "tcp://127.0.0.1:1",
+        "--explain=only",
+    ];
+    let text = bed.fails(&move_nowhere);
+    assert!(text.contains("dunlin resume a"), "{text}");
+    bed.json(&["resume", "a"]);
+    assert_eq!(bed.json(&move_nowhere)["converges"], true);
+    // What was measured with is off again.
+    bed.json(&["inspect", "a"]);
+}
+
+#[test]
 fn a_moved_guest_moves_back() {
     let (mut first, mut second) = (Bed::new(), Bed::new());
     first.run("a", &guest::letters(), &[]);

@@ -11,7 +11,7 @@ use clap::{Args, Parser, Subcommand};
 use dunlin_api::VmName;
 
 pub use guest::{DiskArgument, NetArgument, OnRebootArgument, RestoreArgs, RunArgs};
-pub use moves::{HandOverArgs, MigrateArgs, ReceiveArgs, SaveArgs};
+pub use moves::{ExplainArgument, HandOverArgs, MigrateArgs, ReceiveArgs, SaveArgs};
 pub use security::{CertificatesArgs, HostArgument, TargetArgument, TlsArgument};
 pub use switch::SwitchArgs;
 

@@ -9,7 +9,7 @@ use dunlin_api::status::{ExitReport, VmStatus};
 use dunlin_api::{VmConfig, VmName, route};
 use serde_json::json;
 
-use super::migrate::describe as describe_move;
+use super::migrate::{Bars, describe as describe_move};
 use super::ps::display_state;
 use crate::client::Client;
 use crate::error::CliError;
@@ -151,7 +151,7 @@ fn describe_migration(status: &MigrationStatus) -> String {
         text.push_str(&format!("  {error}\n"));
     }
     if let Some(report) = &status.report {
-        text.push_str(&describe_move(report));
+        text.push_str(&describe_move(report, Bars::None));
     }
     text
 }

@@ -5,14 +5,16 @@ use std::time::Duration;
 use dunlin_api::migration::{
     Endpoint, MigrateRequest, MigrationPhase, MigrationReport, MigrationStatus, RoundKind,
 };
+use dunlin_api::plan::MovePrediction;
 use dunlin_api::size::display_size;
 use dunlin_api::status::VmStatus;
 use dunlin_api::{ApiError, ErrorCode, VmName, route};
 use serde::Serialize;
 
+use super::explain::{self, Figure};
 use super::lifecycle::wait_for_end;
 use super::security::{resolve, security};
-use crate::args::MigrateArgs;
+use crate::args::{ExplainArgument, MigrateArgs};
 use crate::chart;
 use crate::client::Client;
 use crate::error::CliError;
@@ -28,6 +30,15 @@ struct Moved<'a> {
     to: &'a Endpoint,
     #[serde(flatten)]
     report: &'a MigrationReport,
+    #[serde(flatten)]
+    explanation: Option<Explanation<'a>>,
+}
+
+/// What was expected, and how far that was off.
+#[derive(Serialize)]
+struct Explanation<'a> {
+    prediction: &'a MovePrediction,
+    figures: Vec<Figure>,
 }
 
 /// Moves a VM, and ends the process that it left.
@@ -48,13 +59,24 @@ pub(super) async fn migrate(args: MigrateArgs, printer: &Printer) -> Result<(), 
         security: security(args.tls, host)?,
     };
     let mut interrupts = Interrupts::listen()?;
+    let expected: Option<MovePrediction> = match args.explain {
+        Some(_) => Some(client.post(route::PREDICTION, &request).await?),
+        None => None,
+    };
+    if let Some(expected) = &expected {
+        let text = || explain::describe(expected, request.downtime_ms);
+        if args.explain == Some(ExplainArgument::Only) {
+            printer.result(expected, text);
+            return Ok(());
+        }
+        printer.note(text().trim_end());
+    }
     let started: MigrationStatus = client.post(route::MIGRATE, &request).await?;
     let last = follow(&client, started, &mut interrupts, printer).await?;
     if let (Some(path), Some(report)) = (&args.svg, &last.report) {
-        std::fs::write(path, chart::rounds(report)).map_err(CliError::host(format!(
-            "write the chart \"{}\"",
-            path.display()
-        )))?;
+        std::fs::write(path, chart::rounds(report, expected.as_ref())).map_err(CliError::host(
+            format!("write the chart \"{}\"", path.display()),
+        ))?;
     }
     let report = match last.phase {
         MigrationPhase::Done => last.report.unwrap_or_default(),
@@ -68,13 +90,27 @@ pub(super) async fn migrate(args: MigrateArgs, printer: &Printer) -> Result<(), 
         name: &args.name,
         to: &request.to,
         report: &report,
+        explanation: expected.as_ref().map(|prediction| Explanation {
+            prediction,
+            figures: explain::figures(prediction, &report),
+        }),
+    };
+    let bars = if printer.draws() {
+        Bars::Shown
+    } else {
+        Bars::None
     };
     printer.result(&value, || {
+        let figures = value
+            .explanation
+            .as_ref()
+            .map(|explanation| &explanation.figures);
         format!(
-            "{}: moved to {}\n{}",
+            "{}: moved to {}\n{}{}",
             args.name,
             request.to,
-            describe(&report)
+            describe(&report, bars),
+            figures.map_or_else(String::new, |figures| explain::compare(figures))
         )
     });
     Ok(())
@@ -138,8 +174,53 @@ fn failure(client: &Client, status: MigrationStatus) -> ApiError {
     }
 }
 
+/// A line for each round, with a bar of what it sent where `bars` are to be.
+fn rounds(report: &MigrationReport, bars: Bars) -> Vec<Vec<String>> {
+    let heading = [
+        "ROUND", "PAGES", "ZERO", "SAME", "SENT", "TIME", "GOODPUT", "DIRTY", "REMAINS",
+    ];
+    let mut rows = vec![heading.map(String::from).to_vec()];
+    let largest = report.rounds.iter().map(|round| round.bytes).max();
+    let rate = |rate: f64| format!("{}/s", display_size(rate.max(0.0) as u64));
+    rows.extend(report.rounds.iter().map(|round| {
+        let mark = match round.kind {
+            RoundKind::Live => "",
+            RoundKind::Final => " (paused)",
+            RoundKind::TakenBack => " (taken back)",
+        };
+        let mut row = vec![
+            format!("{}{mark}", round.round),
+            round.pages.to_string(),
+            round.zero_pages.to_string(),
+            round.same_pages.to_string(),
+            display_size(round.bytes),
+            format!("{:.1} ms", round.duration_ms),
+            rate(round.goodput),
+            rate(round.dirty_rate),
+            display_size(round.dirtied_pages.saturating_mul(PAGE)),
+        ];
+        if bars == Bars::Shown {
+            row.push(chart::bar(round.bytes, largest.unwrap_or(0)));
+        }
+        row
+    }));
+    rows
+}
+
+/// Whether a report is drawn as well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Bars {
+    /// On a terminal.
+    Shown,
+    /// Into a pipe.
+    None,
+}
+
+/// Bytes of a page.
+const PAGE: u64 = 4096;
+
 /// A report for people.
-pub(super) fn describe(report: &MigrationReport) -> String {
+pub(super) fn describe(report: &MigrationReport, bars: Bars) -> String {
     let ms = |value: f64| format!("{value:.1} ms");
     let mut facts = vec![
         vec!["total".into(), ms(report.total_ms)],
@@ -178,28 +259,65 @@ pub(super) fn describe(report: &MigrationReport) -> String {
         };
         facts.push(vec!["memory".into(), word.into()]);
     }
-    let mut rounds = vec![
-        [
-            "ROUND", "PAGES", "ZERO", "SENT", "TIME", "RATE/s", "DIRTIED",
-        ]
-        .map(String::from)
-        .to_vec(),
-    ];
-    rounds.extend(report.rounds.iter().map(|round| {
-        let mark = match round.kind {
-            RoundKind::Live => "",
-            RoundKind::Final => " (paused)",
-            RoundKind::TakenBack => " (taken back)",
-        };
-        vec![
-            format!("{}{mark}", round.round),
-            round.pages.to_string(),
-            round.zero_pages.to_string(),
-            display_size(round.bytes),
-            ms(round.duration_ms),
-            display_size(round.goodput.max(0.0) as u64),
-            round.dirtied_pages.to_string(),
-        ]
-    }));
+    let rounds = rounds(report, bars);
     format!("{}{}", table(&facts), table(&rounds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dunlin_api::migration::RoundReport;
+
+    fn report() -> MigrationReport {
+        let round = |round, kind, bytes, duration_ms, dirtied_pages| RoundReport {
+            round,
+            kind,
+            bytes,
+            duration_ms,
+            dirtied_pages,
+            pages: bytes / 4096,
+            goodput: bytes as f64 / duration_ms * 1e3,
+            dirty_rate: dirtied_pages as f64 * 4096.0 / duration_ms * 1e3,
+            ..RoundReport::default()
+        };
+        MigrationReport {
+            ram_bytes: 512 << 20,
+            rounds: vec![
+                round(0, RoundKind::Live, 256 << 20, 250.0, 1280),
+                round(1, RoundKind::Final, 8 << 20, 8.0, 0),
+            ],
+            total_ms: 270.0,
+            downtime_limit_ms: 50.0,
+            blackout_ms: Some(12.5),
+            bytes_sent: 264 << 20,
+            cpu_seconds: 0.25,
+            ..MigrationReport::default()
+        }
+    }
+
+    const PLAIN: &str = "\
+total      270.0 ms
+blackout   12.5 ms (limit 50.0 ms)
+sent       264 MiB (0.52 of RAM)
+processor  0.25 s to send
+ROUND       PAGES  ZERO  SAME  SENT     TIME      GOODPUT     DIRTY     REMAINS
+0           65536  0     0     256 MiB  250.0 ms  1 GiB/s     20 MiB/s  5 MiB
+1 (paused)  2048   0     0     8 MiB    8.0 ms    1000 MiB/s  0 B/s     0 B
+";
+
+    #[test]
+    fn a_pipe_gets_a_table() {
+        assert_eq!(describe(&report(), Bars::None), PLAIN);
+    }
+
+    #[test]
+    fn a_terminal_gets_bars_beside_it() {
+        let text = describe(&report(), Bars::Shown);
+        let without: Vec<&str> = text
+            .lines()
+            .map(|line| line.trim_end_matches(['█', '▏', '▎', '▍', '▌', '▋', '▊', '▉', ' ']))
+            .collect();
+        assert_eq!(without, PLAIN.lines().collect::<Vec<_>>());
+        assert!(text.contains("5 MiB    █"), "{text}");
+    }
 }

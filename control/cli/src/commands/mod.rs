@@ -2,6 +2,7 @@
 
 mod certificates;
 mod console;
+mod explain;
 mod handover;
 mod inspect;
 mod lifecycle;

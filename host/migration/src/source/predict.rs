@@ -5,7 +5,11 @@
 //! is, a [`DirtyCurve`] says: a guest that writes the same pages again dirties few in a long
 //! time, and one that goes on to others many.
 
+mod census;
+
 use std::time::Duration;
+
+pub use census::content_pages;
 
 use super::policy::{Decision, Observation, Policy, RoundMeasure};
 use crate::machine::Slowdown;

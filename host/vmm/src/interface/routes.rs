@@ -8,7 +8,8 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use dunlin_api::migration::MigrationStatus;
+use dunlin_api::migration::{MigrateRequest, MigrationStatus};
+use dunlin_api::plan::MovePrediction;
 use dunlin_api::snapshot::SaveStatus;
 use dunlin_api::status::ExitReport;
 use dunlin_api::{ApiError, ErrorCode, route};
@@ -21,6 +22,12 @@ use crate::lifecycle::{Message, Reply};
 
 /// How long exits and dirty pages are counted for a report.
 const LOOK: Duration = Duration::from_millis(200);
+/// Slices of time in which dirty pages are counted for a prediction, in milliseconds.
+const FIRST_SLICES: [u64; 4] = [2, 3, 5, 15];
+/// Those that follow.
+const SLICE: u64 = 25;
+/// How many follow.
+const SLICES: usize = 19;
 /// Largest request body; the largest request is a path.
 const MAX_BODY: usize = 64 << 10;
 
@@ -44,6 +51,10 @@ pub(super) fn router(peers: Peers) -> Router {
         .route(
             route::HAND_OVER,
             post(|State(p), body| ask_with(p, body, Message::HandOver)),
+        )
+        .route(
+            route::PREDICTION,
+            post(|State(p), body| prediction(p, body)),
         )
         .route(route::EXITS, get(exits))
         .route(route::MIGRATION, get(migration))
@@ -96,13 +107,29 @@ async fn ask_with<B: DeserializeOwned, T: Serialize>(
     body: Bytes,
     message: impl FnOnce(B, Reply<T>) -> Message,
 ) -> Answer<T> {
-    let body = serde_json::from_slice(&body).map_err(|error| {
+    let body = read(&body)?;
+    ask(peers, |reply| message(body, reply)).await
+}
+
+fn read<B: DeserializeOwned>(body: &Bytes) -> Result<B, Refused> {
+    serde_json::from_slice(body).map_err(|error| {
         Refused(ApiError::new(
             ErrorCode::InvalidRequest,
             format!("the request is unreadable: {error}"),
         ))
-    })?;
-    ask(peers, |reply| message(body, reply)).await
+    })
+}
+
+/// Measures for half a second: short slices first, since a short time is what the last rounds
+/// take.
+async fn prediction(peers: Peers, body: Bytes) -> Answer<MovePrediction> {
+    let request: MigrateRequest = read(&body)?;
+    let Json(()) = ask(peers.clone(), Message::BeginSurvey).await?;
+    for milliseconds in FIRST_SLICES.into_iter().chain([SLICE; SLICES]) {
+        tokio::time::sleep(Duration::from_millis(milliseconds)).await;
+        let Json(()) = ask(peers.clone(), Message::Survey).await?;
+    }
+    ask(peers, |reply| Message::EndSurvey(request, reply)).await
 }
 
 async fn exits(State(peers): State<Peers>) -> Answer<ExitReport> {

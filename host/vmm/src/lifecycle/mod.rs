@@ -14,6 +14,7 @@ mod handover;
 mod requests;
 mod saving;
 mod state;
+mod survey;
 
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -23,6 +24,7 @@ use std::time::{Duration, Instant};
 use dunlin_api::error::chain;
 use dunlin_api::handover::{HandOverReport, HandOverRequest};
 use dunlin_api::migration::{MigrateRequest, MigrationStatus};
+use dunlin_api::plan::MovePrediction;
 use dunlin_api::snapshot::SaveRequest;
 use dunlin_api::status::{ExitReport, VmStatus};
 use dunlin_api::{ApiError, OnReboot, VmConfig};
@@ -40,6 +42,7 @@ use crate::moving::{
 };
 use requests::Look;
 pub(crate) use state::{Phase, Transition};
+use survey::Survey;
 
 /// How long a process keeps the report of a guest that has moved away.
 const LINGER: Duration = Duration::from_secs(60);
@@ -71,6 +74,12 @@ pub(crate) enum Message {
     BeginLook(Reply<()>),
     /// What was counted?
     EndLook(Reply<ExitReport>),
+    /// Measure from now on what a move would take.
+    BeginSurvey(Reply<()>),
+    /// A slice of the measurement is over.
+    Survey(Reply<()>),
+    /// What would the move take?
+    EndSurvey(MigrateRequest, Reply<MovePrediction>),
     /// A move asks.
     Move(MoveCall),
     /// A move is over.
@@ -192,6 +201,7 @@ pub(crate) struct Lifecycle {
     saves: Arc<SaveMonitor>,
     saving: Option<JoinHandle<()>>,
     look: Option<Look>,
+    survey: Option<Survey>,
     since: Instant,
     ending: Option<Ending>,
     /// A guest in doubt: whom to ask.
@@ -253,6 +263,7 @@ impl Lifecycle {
             saves,
             saving: None,
             look: None,
+            survey: None,
             since: Instant::now(),
             ending: None,
             question: None,
@@ -347,6 +358,9 @@ impl Lifecycle {
             Message::Migrate(request, reply) => answer(reply, self.migrate(request)),
             Message::BeginLook(reply) => answer(reply, self.begin_look()),
             Message::EndLook(reply) => answer(reply, self.end_look()),
+            Message::BeginSurvey(reply) => answer(reply, self.begin_survey()),
+            Message::Survey(reply) => answer(reply, self.survey()),
+            Message::EndSurvey(request, reply) => answer(reply, self.end_survey(&request)),
             Message::Move(call) => self.serve_move(call),
             Message::MoveEnded(end) => self.move_ended(*end),
             Message::SaveEnded(end) => self.save_ended(*end),

@@ -10,6 +10,7 @@ use dunlin_api::{ApiError, ErrorCode};
 use dunlin_guest::{PAGE_SIZE, PageSet};
 use dunlin_migration::Verdict;
 
+use super::survey::Survey;
 use super::{Ending, LINGER, Lifecycle, MoveCall, Phase, Transition, answer};
 use crate::machine::{DiskLocks, assemble};
 use crate::moving::{self, FromFile, MoveEnd, MoveOutcome};
@@ -338,24 +339,34 @@ impl Lifecycle {
         Ok(())
     }
 
-    fn drop_look(&mut self) {
-        if self.look.take().is_some_and(|look| look.dirty)
+    pub(super) fn drop_look(&mut self) {
+        let look = self.look.take().is_some_and(|look| look.dirty);
+        let survey = self.survey.take().is_some();
+        if (look || survey)
             && let Err(error) = self.machine.vm().stop_dirty_tracking()
         {
             tracing::warn!(error = chain(&error), "dirty tracking stays on");
         }
     }
 
-    pub(super) fn begin_look(&mut self) -> Result<(), ApiError> {
+    /// Refuses while somebody counts.
+    pub(super) fn not_looked_at(&self) -> Result<(), ApiError> {
         let counting = |look: &Look| look.since.elapsed() < LOOK_LASTS;
-        if self.look.as_ref().is_some_and(counting) {
+        if self.look.as_ref().is_some_and(counting)
+            || self.survey.as_ref().is_some_and(Survey::is_live)
+        {
             let name = &self.machine.config().name;
             return Err(ApiError::new(
                 ErrorCode::Busy,
-                format!("somebody else counts the exits of VM \"{name}\""),
+                format!("somebody else counts what VM \"{name}\" does"),
             )
             .with_hint("try again in a second"));
         }
+        Ok(())
+    }
+
+    pub(super) fn begin_look(&mut self) -> Result<(), ApiError> {
+        self.not_looked_at()?;
         self.drop_look();
         let dirty = self.phase == Phase::Running && self.moving.is_none();
         if dirty {
@@ -388,7 +399,7 @@ impl Lifecycle {
         let interval = look.since.elapsed();
         let seconds = interval.as_secs_f64().max(1e-6);
         let dirty = if look.dirty {
-            let pages = self.harvest()?;
+            let pages = self.harvest()?.len();
             self.machine
                 .vm()
                 .stop_dirty_tracking()
@@ -418,8 +429,8 @@ impl Lifecycle {
         })
     }
 
-    /// Empties the dirty log; returns how many pages it held. Never while a move reads it.
-    fn harvest(&self) -> Result<u64, ApiError> {
+    /// Empties the dirty log; returns the pages that it held. Never while a move reads it.
+    pub(super) fn harvest(&self) -> Result<PageSet, ApiError> {
         let memory = self.machine.memory();
         self.machine
             .vm()
@@ -427,6 +438,6 @@ impl Lifecycle {
             .map_err(|error| host(&error))?;
         let mut pages = PageSet::new(memory.size() / PAGE_SIZE);
         memory.dirty_log().harvest(&mut pages);
-        Ok(pages.len())
+        Ok(pages)
     }
 }

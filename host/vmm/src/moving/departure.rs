@@ -124,7 +124,8 @@ impl OpenQuestion {
     }
 }
 
-fn options(request: &MigrateRequest) -> MigrationOptions {
+/// What migration is told of a request.
+pub(crate) fn options(request: &MigrateRequest) -> MigrationOptions {
     let defaults = MigrationOptions::default();
     let idle = request.peer_timeout_ms.map(Duration::from_millis);
     MigrationOptions {

@@ -9,7 +9,7 @@ mod save;
 mod security;
 
 pub(crate) use arrival::{ArrivingMachine, Build};
-pub(crate) use departure::{Departure, OpenQuestion, Throttled, start};
+pub(crate) use departure::{Departure, OpenQuestion, Throttled, options, start};
 pub use file::describe_snapshot;
 pub(crate) use file::{FromFile, Wanted, check_target, restore_from_file, save_to_file};
 pub(crate) use handover::{AdoptedMachine, HandOverEnd, HandingOver, start_hand_over};

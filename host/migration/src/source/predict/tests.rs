@@ -80,7 +80,11 @@ fn a_small_working_set_is_sent_again_and_then_fits() {
     let expected = after(&busy, &path);
     assert!(expected.converges, "{expected:?}");
     assert!(expected.rounds >= 1, "{expected:?}");
-    assert_eq!(expected.bytes, (1024 + 64 * u64::from(expected.rounds)) << 20);
+    let most = (1024 + 64 * u64::from(expected.rounds)) << 20;
+    assert!(
+        (1025 << 20..=most).contains(&expected.bytes),
+        "{expected:?}"
+    );
     assert!(expected.blackout <= ms(50), "{expected:?}");
 }
 

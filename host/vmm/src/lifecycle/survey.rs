@@ -1,0 +1,166 @@
+//! What a move would take, measured on the running guest: its dirty log in slices of time, and
+//! its memory's content.
+
+use std::time::{Duration, Instant};
+
+use dunlin_api::migration::{Endpoint, MigrateRequest, MigrationReport, RoundKind};
+use dunlin_api::plan::{GoodputSource, MovePrediction};
+use dunlin_api::{ApiError, ErrorCode};
+use dunlin_guest::{PAGE_SIZE, PageSet};
+use dunlin_migration::predict::{self, DirtyCurve, Guest, Path, Slice};
+
+use super::Lifecycle;
+use super::requests::host;
+use crate::moving;
+
+/// A measurement that nobody ended for so long was given up by who began it.
+const LASTS: Duration = Duration::from_secs(5);
+
+/// Bytes a second between processes of one host, where nothing is known.
+const WITHIN_A_HOST: f64 = 1e9;
+/// Bytes a second between hosts: what one-gigabit Ethernet carries.
+const BETWEEN_HOSTS: f64 = 117e6;
+/// Bytes of a round from which its goodput says something.
+const TELLING: u64 = 1 << 20;
+
+/// A measurement under way.
+#[derive(Debug)]
+pub(super) struct Survey {
+    since: Instant,
+    /// The last harvest.
+    last: Instant,
+    slices: Vec<Slice>,
+    /// Pages of all slices.
+    seen: PageSet,
+}
+
+impl Survey {
+    /// Does anybody still wait for it?
+    pub(super) fn is_live(&self) -> bool {
+        self.since.elapsed() < LASTS
+    }
+}
+
+impl Lifecycle {
+    /// Begins to count what the guest dirties.
+    pub(super) fn begin_survey(&mut self) -> Result<(), ApiError> {
+        self.check_movable("predict a move of")?;
+        self.not_looked_at()?;
+        self.drop_look();
+        let vm = self.machine.vm();
+        vm.start_dirty_tracking().map_err(|error| host(&error))?;
+        self.harvest()?;
+        let now = Instant::now();
+        self.survey = Some(Survey {
+            since: now,
+            last: now,
+            slices: Vec::new(),
+            seen: PageSet::new(self.machine.memory().size() / PAGE_SIZE),
+        });
+        Ok(())
+    }
+
+    /// Ends a slice of the measurement.
+    pub(super) fn survey(&mut self) -> Result<(), ApiError> {
+        let mut survey = self.survey.take().ok_or_else(interrupted)?;
+        let dirtied = self.harvest()?;
+        let before = survey.seen.len();
+        survey.seen.union(&dirtied);
+        let now = Instant::now();
+        survey.slices.push(Slice {
+            duration: now - survey.last,
+            dirtied: dirtied.len(),
+            fresh: survey.seen.len() - before,
+        });
+        survey.last = now;
+        self.survey = Some(survey);
+        Ok(())
+    }
+
+    /// Ends the measurement: what the move that `request` asks for would take.
+    pub(super) fn end_survey(
+        &mut self,
+        request: &MigrateRequest,
+    ) -> Result<MovePrediction, ApiError> {
+        let survey = self.survey.as_ref().ok_or_else(interrupted)?;
+        let dirty = DirtyCurve::from_slices(&survey.slices);
+        self.drop_look();
+        let memory = self.machine.memory();
+        let guest = Guest {
+            pages: memory.pages(),
+            content_pages: predict::content_pages(memory),
+            dirty,
+        };
+        let last = self.monitor.status().report;
+        let (goodput, goodput_source) = goodput(request, last.as_ref());
+        let path = Path {
+            goodput,
+            round_trip: round_trip(&request.to),
+            // As far as this side knows: the destination is asked when the move begins.
+            post_copy: self.faults.is_ok(),
+        };
+        let expected = predict::predict(&guest, &path, &moving::options(request));
+        let milliseconds = |time: Duration| time.as_secs_f64() * 1e3;
+        Ok(MovePrediction {
+            ram_bytes: memory.size(),
+            dirty_rate: guest.dirty.pages_a_second() * PAGE_SIZE as f64,
+            working_set_bytes: guest.dirty.pages().saturating_mul(PAGE_SIZE),
+            measured_ms: milliseconds(guest.dirty.measured()),
+            goodput,
+            goodput_source,
+            total_ms: milliseconds(expected.total),
+            bytes: expected.bytes,
+            blackout_ms: milliseconds(expected.blackout),
+            slowdown: expected.slowdown,
+            rounds: expected.rounds,
+            converges: expected.converges,
+            post_copy: expected.post_copy,
+        })
+    }
+}
+
+fn interrupted() -> ApiError {
+    ApiError::new(
+        ErrorCode::Busy,
+        "the measurement was interrupted: the guest was paused, moved or counted meanwhile",
+    )
+    .with_hint("try again in a second")
+}
+
+fn is_local(to: &Endpoint) -> bool {
+    match to {
+        Endpoint::Unix(_) => true,
+        Endpoint::Tcp(address) => address.ip().is_loopback(),
+    }
+}
+
+/// Bytes a second that will arrive, and how that is known: an earlier attempt of this VM has
+/// measured it, or it is a guess; never more than the limit.
+fn goodput(request: &MigrateRequest, last: Option<&MigrationReport>) -> (f64, GoodputSource) {
+    let measured = last.and_then(|report| {
+        let live = report.rounds.iter().filter(|round| {
+            round.kind == RoundKind::Live && round.bytes >= TELLING && round.duration_ms > 0.0
+        });
+        let (bytes, time) = live.fold((0.0, 0.0), |(bytes, time), round| {
+            (bytes + round.bytes as f64, time + round.duration_ms / 1e3)
+        });
+        (time > 0.0).then_some(bytes / time)
+    });
+    let (known, source) = match measured {
+        Some(rate) => (rate, GoodputSource::Measured),
+        None if is_local(&request.to) => (WITHIN_A_HOST, GoodputSource::Assumed),
+        None => (BETWEEN_HOSTS, GoodputSource::Assumed),
+    };
+    match request.bandwidth {
+        Some(limit) if (limit as f64) < known => (limit as f64, GoodputSource::Limit),
+        _ => (known, source),
+    }
+}
+
+fn round_trip(to: &Endpoint) -> Duration {
+    if is_local(to) {
+        Duration::from_micros(200)
+    } else {
+        Duration::from_millis(1)
+    }
+}
