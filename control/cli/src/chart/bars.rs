@@ -15,7 +15,7 @@ pub fn bar(value: u64, largest: u64) -> String {
     let share = (value as f64 / largest.max(value) as f64).log2() / SPAN + 1.0;
     let eighths = (share.clamp(0.0, 1.0) * WIDTH * 8.0).round().max(1.0) as usize;
     let mut text = "█".repeat(eighths / 8);
-    if eighths % 8 > 0 {
+    if !eighths.is_multiple_of(8) {
         text.push(EIGHTHS[eighths % 8]);
     }
     text

@@ -4,13 +4,16 @@
 //!  title, and what came of the move
 //!  ┌ bytes sent in each round (bars), what remained behind it (line)
 //!  ├ goodput and dirty rate of each round (lines)
-//!  └ the pause: expected, measured by its parts, and the limit
+//!  ├ the pause: expected, measured by its parts, and the limit
+//!  └ after post-copy: what brought the pages that followed the guest
 //! ```
 
 mod bars;
 mod svg;
 
-use dunlin_api::migration::{MigrationReport, Outcome, RoundKind, RoundReport, SwitchOverReport};
+use dunlin_api::migration::{
+    MigrationReport, Outcome, PostCopyReport, RoundKind, RoundReport, SwitchOverReport,
+};
 use dunlin_api::plan::MovePrediction;
 use dunlin_api::size::display_size;
 
@@ -20,6 +23,8 @@ use svg::{Mark, Panel, Scale, Series, Svg, colour};
 const PAGE: f64 = 4096.0;
 const WIDTH: f64 = 860.0;
 const HEIGHT: f64 = 640.0;
+/// So much higher when memory followed the guest.
+const FOLLOWING: f64 = 92.0;
 const LEFT: f64 = 96.0;
 const RIGHT: f64 = WIDTH - 24.0;
 const SIZES: Panel = Panel {
@@ -64,7 +69,9 @@ const DIRTY: Series = Series {
 
 /// Draws a move, and beside its pause the one that was expected, if any was.
 pub fn rounds(report: &MigrationReport, expected: Option<&MovePrediction>) -> String {
-    let mut svg = Svg::new(WIDTH, HEIGHT, "A move of a running guest, round by round");
+    let following = report.post_copy.as_ref();
+    let height = HEIGHT + following.map_or(0.0, |_| FOLLOWING);
+    let mut svg = Svg::new(WIDTH, height, "A move of a running guest, round by round");
     svg.put(format_args!(
         "<text x=\"{LEFT}\" y=\"26\" font-size=\"16\">{}</text>",
         headline(report)
@@ -73,6 +80,9 @@ pub fn rounds(report: &MigrationReport, expected: Option<&MovePrediction>) -> St
     sizes(&mut svg, report, &columns);
     rates(&mut svg, report, &columns);
     pauses(&mut svg, report, expected);
+    if let Some(following) = following {
+        follow(&mut svg, following);
+    }
     svg.finish()
 }
 
@@ -251,7 +261,8 @@ fn pauses(svg: &mut Svg, report: &MigrationReport, expected: Option<&MovePredict
         let top = PAUSES.top + row as f64 * 28.0;
         svg.text((LEFT - 6.0, top + 15.0), "end", name);
         let Some(pause) = pause else {
-            svg.text((LEFT + 4.0, top + 15.0), "start", "nothing");
+            let why = ["not asked for", "none"][row];
+            svg.text((LEFT + 4.0, top + 15.0), "start", why);
             continue;
         };
         match (&report.switch_over, row) {
@@ -273,10 +284,17 @@ fn pauses(svg: &mut Svg, report: &MigrationReport, expected: Option<&MovePredict
     }
     svg.line("axis", (LEFT, PAUSES.top - 4.0), (LEFT, PAUSES.bottom));
     svg.line("axis", (LEFT, PAUSES.bottom), (RIGHT, PAUSES.bottom));
-    for part in 0..=4 {
-        let ms = end * f64::from(part) / 4.0;
-        let label = milliseconds(ms);
-        svg.text((x(ms), PAUSES.bottom + 16.0), "middle", &label);
+    let step = round_step(end / 5.0);
+    for tick in (0..12).map(|tick| f64::from(tick) * step) {
+        if tick <= end {
+            let label = format!("{tick} ms");
+            svg.text((x(tick), PAUSES.bottom + 16.0), "middle", &label);
+            svg.line(
+                "axis",
+                (x(tick), PAUSES.bottom),
+                (x(tick), PAUSES.bottom + 4.0),
+            );
+        }
     }
     let at = x(limit);
     svg.put(format_args!(
@@ -287,6 +305,57 @@ fn pauses(svg: &mut Svg, report: &MigrationReport, expected: Option<&MovePredict
     ));
     let label = format!("limit {}", milliseconds(limit));
     svg.text((at - 5.0, PAUSES.bottom - 4.0), "end", &label);
+}
+
+/// The next of 1, 2, 5, 10, 20, ... that is not below `step`.
+fn round_step(step: f64) -> f64 {
+    let power = 10_f64.powf(step.max(1e-3).log10().floor());
+    let steps = [1.0, 2.0, 5.0].map(|digit| digit * power);
+    let found = steps.into_iter().find(|&round| round >= step);
+    found.unwrap_or(10.0 * power)
+}
+
+/// What brought the pages that followed the guest: shares of one bar.
+fn follow(svg: &mut Svg, following: &PostCopyReport) {
+    let kinds = [
+        ("by fault", "url(#paused)", following.urgent_pages),
+        (
+            "ahead, beside a fault",
+            colour::ORANGE,
+            following.prefetched_pages,
+        ),
+        ("in turn", colour::BLUE, following.bulk_pages),
+    ];
+    let top = HEIGHT + 16.0;
+    let label = "pages that followed the guest:";
+    let mut legend = svg.legend_bar((LEFT, top - 10.0), "none", label) - 12.0;
+    let all = kinds.iter().map(|(_, _, pages)| *pages as f64).sum::<f64>();
+    let mut from = LEFT;
+    svg.text((LEFT - 6.0, top + 15.0), "end", "followed");
+    for (name, fill, pages) in kinds {
+        legend = svg.legend_bar((legend, top - 10.0), fill, &format!("{pages} {name}"));
+        let to = from + pages as f64 / all.max(1.0) * (RIGHT - LEFT);
+        if pages > 0 {
+            let hint = format!("{name}: {pages} pages");
+            svg.bar((from, to), (top, top + 20.0), fill, &hint);
+        }
+        from = to;
+    }
+    let mut facts = format!(
+        "{} pages in {}; {} faults, half within {} µs, 99 of 100 within {} µs, all within {} µs",
+        following.missing_pages,
+        milliseconds(following.duration_ms),
+        following.faults,
+        following.fault_p50_us,
+        following.fault_p99_us,
+        following.fault_max_us,
+    );
+    match following.recoveries {
+        0 => {}
+        1 => facts.push_str("; 1 new connection"),
+        more => facts.push_str(&format!("; {more} new connections")),
+    }
+    svg.text((LEFT, top + 40.0), "start", &facts);
 }
 
 #[cfg(test)]
@@ -359,6 +428,44 @@ mod tests {
         if let Some(path) = std::env::var_os("DUNLIN_TEST_CHART") {
             std::fs::write(path, svg).unwrap();
         }
+    }
+
+    #[test]
+    fn pages_that_followed_are_told_apart() {
+        let mut report = report();
+        report.post_copy = Some(PostCopyReport {
+            missing_pages: 31_000,
+            faults: 420,
+            fault_p50_us: 90,
+            fault_p99_us: 310,
+            fault_max_us: 1200,
+            urgent_pages: 420,
+            prefetched_pages: 6_300,
+            bulk_pages: 24_280,
+            recoveries: 1,
+            duration_ms: 640.0,
+            ..PostCopyReport::default()
+        });
+        let svg = rounds(&report, None);
+        for kind in [
+            "by fault: 420 pages",
+            "beside a fault: 6300",
+            "in turn: 24280",
+        ] {
+            assert_eq!(svg.matches(kind).count(), 1, "{kind}");
+        }
+        assert!(svg.contains("99 of 100 within 310 µs") && svg.contains("1 new connection"));
+        if let Some(path) = std::env::var_os("DUNLIN_TEST_CHART_POST") {
+            std::fs::write(path, svg).unwrap();
+        }
+        report.post_copy = Some(PostCopyReport::default());
+        assert!(!rounds(&report, None).contains("NaN"));
+    }
+
+    #[test]
+    fn ticks_are_round() {
+        let steps = [0.0, 0.9, 1.0, 3.0, 10.5, 60.0].map(round_step);
+        assert_eq!(steps, [0.001, 1.0, 1.0, 5.0, 20.0, 100.0]);
     }
 
     #[test]

@@ -89,7 +89,7 @@ impl Svg {
         svg.put(format_args!("<title>{}</title>", escaped(title)));
         // No background: the page's own shows. Grey is read on white and on black.
         svg.put(format_args!(
-            "<style>text{{fill:#666}}.axis{{stroke:#777}}.grid{{stroke:#888;stroke-opacity:.35}}\
+            "<style>text{{fill:#767676}}.axis{{stroke:#767676}}.grid{{stroke:#888;stroke-opacity:.35}}\
              @media(prefers-color-scheme:dark){{text{{fill:#bbb}}.axis{{stroke:#aaa}}}}</style>"
         ));
         for (name, colour, path) in [

@@ -251,6 +251,29 @@ pub(super) fn describe(report: &MigrationReport, bars: Bars) -> String {
             format!("{} switch-overs", report.switch_overs_aborted),
         ]);
     }
+    if let Some(following) = &report.post_copy {
+        facts.push(vec![
+            "followed".into(),
+            format!(
+                "{} pages in {}: {} by fault, {} beside one, {} in turn",
+                following.missing_pages,
+                ms(following.duration_ms),
+                following.urgent_pages,
+                following.prefetched_pages,
+                following.bulk_pages
+            ),
+        ]);
+        facts.push(vec![
+            "faults".into(),
+            format!(
+                "half within {} µs, 99 of 100 within {} µs, all within {} µs",
+                following.fault_p50_us, following.fault_p99_us, following.fault_max_us
+            ),
+        ]);
+    }
+    if report.streams > 1 {
+        facts.push(vec!["streams".into(), report.streams.to_string()]);
+    }
     if let Some(verified) = report.verified {
         let word = if verified {
             "equal on both sides"

@@ -164,3 +164,74 @@ fn round_trip(to: &Endpoint) -> Duration {
         Duration::from_millis(1)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dunlin_api::migration::RoundReport;
+
+    fn request(to: &str, bandwidth: Option<u64>) -> MigrateRequest {
+        let text = format!(r#"{{"to":"{to}"}}"#);
+        MigrateRequest {
+            bandwidth,
+            ..serde_json::from_str(&text).unwrap()
+        }
+    }
+
+    fn report(rounds: &[(RoundKind, u64, f64)]) -> MigrationReport {
+        let rounds = rounds
+            .iter()
+            .map(|&(kind, bytes, duration_ms)| RoundReport {
+                kind,
+                bytes,
+                duration_ms,
+                ..RoundReport::default()
+            });
+        MigrationReport {
+            rounds: rounds.collect(),
+            ..MigrationReport::default()
+        }
+    }
+
+    #[test]
+    fn what_an_earlier_attempt_measured_counts_more_than_a_guess() {
+        let far = request("tcp://192.0.2.1:7000", None);
+        assert_eq!(goodput(&far, None), (BETWEEN_HOSTS, GoodputSource::Assumed));
+        let here = request("unix:/run/x.sock", None);
+        assert_eq!(
+            goodput(&here, None),
+            (WITHIN_A_HOST, GoodputSource::Assumed)
+        );
+        let live = (RoundKind::Live, 50_000_000, 250.0);
+        let last = report(&[
+            live,
+            (RoundKind::Live, 1000, 90.0),
+            (RoundKind::Final, 1 << 30, 1.0),
+        ]);
+        assert_eq!(goodput(&far, Some(&last)), (200e6, GoodputSource::Measured));
+    }
+
+    #[test]
+    fn a_limit_counts_where_it_is_the_lowest() {
+        let limited = request("tcp://192.0.2.1:7000", Some(1_000_000));
+        assert_eq!(goodput(&limited, None), (1e6, GoodputSource::Limit));
+        let generous = request("tcp://192.0.2.1:7000", Some(1 << 40));
+        assert_eq!(
+            goodput(&generous, None),
+            (BETWEEN_HOSTS, GoodputSource::Assumed)
+        );
+    }
+
+    #[test]
+    fn a_report_without_a_telling_round_tells_nothing() {
+        let far = request("tcp://192.0.2.1:7000", None);
+        for rounds in [
+            &[][..],
+            &[(RoundKind::Live, 10, 1.0)],
+            &[(RoundKind::Live, 1 << 30, 0.0)],
+        ] {
+            let (_, source) = goodput(&far, Some(&report(rounds)));
+            assert_eq!(source, GoodputSource::Assumed);
+        }
+    }
+}
