@@ -2,7 +2,7 @@
 //!
 //! An input is a script, one step after the other:
 //!
-//! | first byte, modulo 8 | step |
+//! | first byte, modulo 10 | step |
 //! |---|---|
 //! | 0 | a frame: kind, length (1 byte), content |
 //! | 1 | the next message of a good move |
@@ -12,6 +12,8 @@
 //! | 5 | pages on the last lane: where to (2 bytes, in pages), how many |
 //! | 6 | bytes on the control connection, as they are: length, content |
 //! | 7 | the lane's mark of the round, which follows from what was sent |
+//! | 8 | the connections of a post-copy, and which pages are missing: bits of the first (1 byte) |
+//! | 9 | a message on the urgent lane of the post-copy: length, content |
 //!
 //! The destination is a real one, over unix sockets. Shared by the fuzz target and the test that
 //! runs its
@@ -21,15 +23,18 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use dunlin_guest::PageIndex;
 use dunlin_lane::{PageSender, Placement, StreamLane, StreamSender};
-use dunlin_migration::protocol::message::{Configuration, Lanes, Region, RoundBegin, RoundEnd};
+use dunlin_migration::protocol::message::{
+    Attempt, Configuration, Lanes, Missing, Region, RoundBegin, RoundEnd, States,
+};
 use dunlin_migration::protocol::runs::Run;
 use dunlin_migration::protocol::{Header, Kind, Message, Preamble, Purpose, Token, lane};
 use dunlin_migration::transport::{Listener, SocketTransport};
-use dunlin_migration::{CancelToken, Destination, DestinationOptions};
+use dunlin_migration::{CancelToken, Destination, DestinationOptions, Userfaultfd};
 
 use super::saved::{Machine, RAM};
 
@@ -48,12 +53,16 @@ pub fn play(script: &[u8], folder: &Path) -> Vec<u8> {
         preamble_timeout: PATIENCE,
         reconnect_window: PATIENCE,
         max_lanes: 2,
+        faults: faults(),
         cancel: cancel.clone(),
         ..DestinationOptions::default()
     };
     let destination = std::thread::spawn(move || {
         let arrival = Destination::new(listener, options).accept(|_| Ok(Machine::new()));
         if let Ok(arrival) = arrival {
+            if let Some(following) = arrival.following {
+                following.end("the script is over");
+            }
             arrival.witness.stop();
         }
     });
@@ -75,6 +84,21 @@ struct Peer<'a> {
     sender: Option<StreamSender>,
     good: usize,
     counts: lane::Counts,
+    /// Sets of connections of a post-copy, and what there is of the last.
+    generation: u32,
+    post_copy: Vec<UnixStream>,
+    urgent: Option<StreamSender>,
+}
+
+/// Serves faults, where the host permits it.
+fn faults() -> Result<Arc<Userfaultfd>, String> {
+    static FAULTS: OnceLock<Result<Arc<Userfaultfd>, String>> = OnceLock::new();
+    let open = || {
+        Userfaultfd::open()
+            .map(Arc::new)
+            .map_err(|error| error.to_string())
+    };
+    FAULTS.get_or_init(open).clone()
 }
 
 impl<'a> Peer<'a> {
@@ -90,12 +114,15 @@ impl<'a> Peer<'a> {
             sender: None,
             good: 0,
             counts: lane::Counts::default(),
+            generation: 0,
+            post_copy: Vec::new(),
+            urgent: None,
         })
     }
 
     fn play(&mut self, mut script: &[u8]) -> Vec<u8> {
         while let [step, rest @ ..] = script {
-            script = match step % 8 {
+            script = match step % 10 {
                 0 => self.frame(rest),
                 1 => self.good_message(rest),
                 2 => self.open_lane(rest),
@@ -107,7 +134,9 @@ impl<'a> Peer<'a> {
                     let _ = self.control.write_all(bytes);
                     next
                 }
-                _ => self.mark(rest),
+                7 => self.mark(rest),
+                8 => self.leave(rest),
+                _ => self.urgent_message(rest),
             };
         }
         // The destination hangs up, or finds that nothing more comes.
@@ -180,11 +209,7 @@ impl<'a> Peer<'a> {
             ..Preamble::connection(Purpose::Lane, self.token)
         };
         self.lane = greet(self.door, preamble);
-        self.sender = self.lane.as_ref().and_then(|lane| {
-            let transport = SocketTransport::unix(lane.try_clone().ok()?, "the peer").ok()?;
-            let transport = Box::new(transport);
-            Some(StreamSender::new(transport, StreamLane::default()))
-        });
+        self.sender = self.lane.as_ref().and_then(sender);
         next
     }
 
@@ -237,6 +262,58 @@ impl<'a> Peer<'a> {
         (self.good / 2).saturating_sub(1) as u32
     }
 
+    /// The guest is to change hands before its memory.
+    fn leave<'s>(&mut self, script: &'s [u8]) -> &'s [u8] {
+        let Some((bits, next)) = script.split_first() else {
+            return script;
+        };
+        self.generation += 1;
+        // Requests, the urgent lane, a bulk lane.
+        let links = (1..=3).map_while(|number| {
+            let preamble = Preamble {
+                body_length: self.generation.into(),
+                lane: number,
+                ..Preamble::connection(Purpose::PostCopy, self.token)
+            };
+            greet(self.door, preamble)
+        });
+        self.post_copy = links.collect();
+        self.urgent = self.post_copy.get(1).and_then(sender);
+        let attempt = self.generation;
+        let mut bitmap = vec![0; (RAM / 4096 / 8) as usize];
+        if let Some(first) = bitmap.first_mut() {
+            *first = *bits;
+        }
+        let messages = [
+            Message::SwitchOver(Attempt { attempt }),
+            Message::Missing(Missing {
+                count: bits.count_ones().into(),
+                bitmap,
+                packed: false,
+                attempt,
+                generation: self.generation,
+                bulk_lanes: 1,
+            }),
+            Message::States(States {
+                attempt,
+                ..States::default()
+            }),
+            Message::Commit(Attempt { attempt }),
+        ];
+        for message in messages {
+            self.say(message.kind(), &message.encode());
+        }
+        next
+    }
+
+    fn urgent_message<'s>(&mut self, script: &'s [u8]) -> &'s [u8] {
+        let (bytes, next) = counted(script);
+        if let Some(urgent) = &mut self.urgent {
+            let _ = urgent.send(bytes, Instant::now() + PATIENCE);
+        }
+        next
+    }
+
     fn mark<'s>(&mut self, script: &'s [u8]) -> &'s [u8] {
         let mut message = Vec::new();
         lane::encode_mark(self.round(), self.counts, &mut message);
@@ -245,6 +322,13 @@ impl<'a> Peer<'a> {
         }
         script
     }
+}
+
+/// A page lane over a connection.
+fn sender(stream: &UnixStream) -> Option<StreamSender> {
+    let transport = SocketTransport::unix(stream.try_clone().ok()?, "the peer").ok()?;
+    let transport = Box::new(transport);
+    Some(StreamSender::new(transport, StreamLane::default()))
 }
 
 /// A connection with its preamble said and answered.

@@ -2,7 +2,9 @@
 
 #![no_main]
 
+use dunlin_migration::postcopy::{self, parcel::Parcel};
 use dunlin_migration::protocol::frame::HEADER_LENGTH;
+use dunlin_migration::protocol::message::Missing;
 use dunlin_migration::protocol::{Header, Kind, Message, Preamble, lane, preamble, runs};
 use libfuzzer_sys::{arbitrary, fuzz_target};
 
@@ -25,6 +27,20 @@ fuzz_target!(|input: Input<'_>| {
             assert_eq!(again.ok(), Some(message), "a message changed on its way");
         }
         let _refused = lane::LaneMessage::decode(payload, PAGES);
+        if let Ok(Parcel::Pages { runs, content, .. }) = Parcel::decode(payload, PAGES) {
+            let pages: u64 = runs.iter().map(|run| u64::from(run.count)).sum();
+            assert!(pages <= PAGES, "a parcel names pages beyond RAM");
+            assert!(content.is_none_or(|content| content.len() as u64 == pages * 4096));
+        }
+        let missing = Missing {
+            count: u64::from(payload.first().copied().unwrap_or(0)),
+            bitmap: payload.to_vec(),
+            packed: payload.len() % 2 == 1,
+            ..Missing::default()
+        };
+        if let Ok(set) = postcopy::hear(&missing, PAGES) {
+            assert!(set.iter().all(|page| page.0 < PAGES));
+        }
         let _refused = lane::unpack(payload, payload.len() % 9, &mut Vec::new());
     }
 });

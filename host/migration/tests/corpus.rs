@@ -39,10 +39,18 @@ fn files_that_were_strange_once_are_refused_or_understood() {
 fn peers_that_were_strange_once_are_refused_or_understood() {
     const STORED: u16 = 7;
     each_of("migration_session", |name, script, folder| {
-        let heard = session::play(script, folder);
-        let stored = frames(&heard).contains(&STORED);
-        let said = String::from_utf8_lossy(&heard);
-        assert_eq!(stored, name == "round", "{name}: {said}");
+        let stores = name == "round" || name.starts_with("post-copy");
+        // A busy machine may not keep the short times that scripts are played with.
+        for attempt in 0..20 {
+            let heard = session::play(script, folder);
+            let stored = frames(&heard).contains(&STORED);
+            let said = String::from_utf8_lossy(&heard);
+            assert!(!stored || stores, "{name}: {said}");
+            if stored == stores {
+                break;
+            }
+            assert!(attempt < 19, "{name}: {said}");
+        }
     });
 }
 
