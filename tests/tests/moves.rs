@@ -151,6 +151,36 @@ fn a_busy_guest_moves_back_and_forth_within_its_downtime_limit() {
 }
 
 #[test]
+fn a_connection_survives_hand_overs_from_process_to_process() {
+    let Some(mut bed) = boot() else { return };
+    let mut pauses = Vec::new();
+    for number in 0..moves() {
+        let mut report = serde_json::Value::Null;
+        pauses.push(bed.guest_pause(|hosts| {
+            // Wide: what is tested here is that nothing is lost.
+            let command = ["handover", VM, "--downtime", "10s"];
+            report = hosts[0].query(&command).unwrap();
+        }));
+        assert_eq!(report["outcome"], "moved", "hand-over {number}: {report}");
+        let before = bed.client.answers();
+        process::wait_until("an answer", Duration::from_secs(20), || {
+            Ok(bed.client.answers() > before + 5)
+        })
+        .unwrap();
+    }
+    assert_eq!(bed.client.error(), None);
+    assert_eq!(bed.client.gaps_in_counter(), 0);
+    assert_eq!(bed.control.stats().unwrap().memory_errors, 0);
+    pauses.sort_by(f64::total_cmp);
+    println!(
+        "MEASURED: {} hand-overs, pause of the guest p50 {:.1} ms, max {:.1} ms",
+        pauses.len(),
+        pauses[pauses.len() / 2],
+        pauses[pauses.len() - 1],
+    );
+}
+
+#[test]
 fn a_destination_that_is_killed_leaves_the_guest_running_at_the_source() {
     let Some(mut bed) = boot() else { return };
     for delay_ms in [0, 10, 30, 60, 100, 200, 400] {

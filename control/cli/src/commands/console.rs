@@ -1,6 +1,7 @@
 //! `console`: this terminal as the serial console of a VM that runs already.
 
-use dunlin_api::VmName;
+use dunlin_api::status::VmStatus;
+use dunlin_api::{VmName, route};
 use serde_json::json;
 
 use crate::client::Client;
@@ -20,10 +21,22 @@ pub(super) async fn console(name: &VmName, printer: &Printer) -> Result<(), CliE
     };
     let ending = terminal::attach(console, &mut interrupts, output).await?;
     let (word, remark) = match ending {
-        Ending::Closed => ("closed", "the VM has ended or moved"),
-        Ending::Detached | Ending::Interrupted => ("detached", "detached; the VM goes on"),
+        Ending::Closed => ("closed", where_it_is(&client).await),
+        Ending::Detached | Ending::Interrupted => {
+            ("detached", "detached; the VM goes on".to_owned())
+        }
     };
     printer.result(&json!({ "name": name, "console": word }), String::new);
     printer.note(&format!("\r\n{name}: {remark}"));
     Ok(())
+}
+
+/// Why the console closed: a VM that still answers has another process now.
+async fn where_it_is(client: &Client) -> String {
+    match client.get::<VmStatus>(route::VM).await {
+        Ok(VmStatus { pid, name, .. }) => format!(
+            "handed over, goes on in process {pid}; \"dunlin console {name}\" attaches again"
+        ),
+        Err(_) => "the VM has ended or moved".to_owned(),
+    }
 }

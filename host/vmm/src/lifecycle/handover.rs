@@ -2,6 +2,7 @@
 
 use dunlin_api::handover::{HandOverReport, HandOverRequest};
 use dunlin_api::{ApiError, ErrorCode};
+use dunlin_guest::SavedState;
 
 use super::requests::host;
 use super::{Ending, Lifecycle, Phase, Reply, Transition, answer};
@@ -25,6 +26,7 @@ impl Lifecycle {
             departure: self.departure(),
             descriptors,
             console: self.blueprint.console.clone(),
+            states: Vec::new(),
         };
         self.moving = Some(moving::start_hand_over(leaving, request)?);
         Ok(())
@@ -32,20 +34,26 @@ impl Lifecycle {
 
     /// Stops the guest for another process of this host: who connects or types waits from now on,
     /// for this process or for that one.
-    pub(super) fn lend(&mut self) -> Result<(), ApiError> {
+    pub(super) fn lend(&mut self) -> Result<Vec<SavedState>, ApiError> {
         let next = self.phase.after(Transition::Suspend)?;
         self.doors.hold();
         self.blueprint.console.hold();
-        let stopped = self.machine.pause_for_hand_over();
-        let stopped = stopped
-            .map_err(|error| self.run_on(host(&error)))
-            .and_then(|()| self.check_not_ending());
-        if stopped.is_err() {
+        let states = self.stop_and_save();
+        if states.is_err() {
             self.open_again();
         } else {
             self.phase = next;
         }
-        stopped
+        states
+    }
+
+    /// Leaves a guest that cannot be saved running.
+    fn stop_and_save(&self) -> Result<Vec<SavedState>, ApiError> {
+        let stopped = self.machine.pause_for_hand_over();
+        stopped.map_err(|error| self.run_on(host(&error)))?;
+        self.check_not_ending()?;
+        let states = self.machine.save();
+        states.map_err(|error| self.run_on(host(&error)))
     }
 
     /// The guest stays here: whoever waits is served.

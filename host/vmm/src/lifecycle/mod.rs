@@ -102,8 +102,9 @@ pub(crate) enum MoveCall {
     Suspend(Reply<()>),
     /// Stop for a moment: the guest stays in this process.
     Freeze(Reply<()>),
-    /// Stop for another process of this host.
-    Lend(Reply<()>),
+    /// Stop for another process of this host, and say the state of every component: one question,
+    /// since each waits for a thread.
+    Lend(Reply<Vec<SavedState>>),
     /// Go on: the hand-over is off.
     TakeBack(Reply<()>),
     /// The state of every component.

@@ -1,20 +1,27 @@
 //! A guest with two processors, both running and writing, moves in this process from one
 //! lifecycle to a machine of any engine.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use dunlin_api::handover::HandOverRequest;
 use dunlin_api::launch::Overrides;
-use dunlin_api::migration::{Endpoint, MigrateRequest, MigrationPhase, MigrationStatus, Verify};
+use dunlin_api::migration::{
+    Endpoint, MigrateRequest, MigrationPhase, MigrationStatus, Outcome, Verify,
+};
 use dunlin_api::place::RuntimeDirectory;
 use dunlin_api::{EngineChoice, VmConfig};
-use dunlin_guest::{Memory, PAGE_SIZE, PageSet};
+use dunlin_guest::{Memory, PAGE_SIZE, PageSet, SavedState};
 use dunlin_guest_kvmtest::pair;
 use dunlin_hypervisor::probe::{EngineRequest, choose};
+use dunlin_migration::handover::HandOverArrival;
 use dunlin_migration::transport::Listener;
-use dunlin_migration::{Arrival, Destination, DestinationOptions, MigrationError, Slowdown};
+use dunlin_migration::{
+    Arrival, Destination, DestinationMachine, DestinationOptions, MigrationError, Slowdown,
+};
 use dunlin_x86::cpuid::X86_64_V1;
 use tokio::sync::oneshot;
 use vm_memory::{Bytes, GuestAddress};
@@ -277,5 +284,109 @@ fn a_processor_that_writes_much_is_slowed_down_more() {
         machine.throttle(&[]).unwrap();
         assert!(machine.throttled().is_empty());
         paused(machine);
+    }
+}
+
+/// When a machine that takes a guest over fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fails {
+    /// It has its states; the other process may still run on.
+    AfterRestore,
+    /// The guest is its own, and does not start.
+    AtStart,
+    Never,
+}
+
+/// A machine that another process's guest is handed to.
+struct Taker {
+    machine: AdoptedMachine,
+    fails: Fails,
+}
+
+fn hash(memory: &Memory) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    let mut page = [0; PAGE_SIZE as usize];
+    for index in 0..memory.pages() {
+        memory.read_page(dunlin_guest::PageIndex(index), &mut page);
+        page.hash(&mut hasher);
+    }
+    hasher.finish()
+}
+
+impl DestinationMachine for Taker {
+    fn memory(&self) -> &Memory {
+        self.machine.memory()
+    }
+
+    fn restore(&mut self, states: Vec<SavedState>) -> Result<(), MachineError> {
+        let before = hash(self.memory());
+        self.machine.restore(states)?;
+        assert_eq!(hash(self.memory()), before, "restoring wrote guest memory");
+        match self.fails {
+            Fails::AfterRestore => Err(machine_error("go on", "told to fail")),
+            Fails::AtStart | Fails::Never => Ok(()),
+        }
+    }
+
+    fn start(&mut self) -> Result<(), MachineError> {
+        match self.fails {
+            Fails::AtStart => Err(machine_error("start", "told to fail")),
+            Fails::AfterRestore | Fails::Never => self.machine.start(),
+        }
+    }
+}
+
+type Taken = Result<HandOverArrival<Taker>, MigrationError>;
+
+/// Waits for the guest of the place in `folder` at `socket`.
+fn taker(folder: &Path, socket: &Path, engine: EngineChoice, fails: Fails) -> JoinHandle<Taken> {
+    let listener = Listener::unix_with_descriptors(socket).unwrap();
+    let build = build(&folder.join("source"), engine);
+    std::thread::spawn(move || {
+        let name = "a".parse().unwrap();
+        Destination::new(listener, DestinationOptions::default()).accept_hand_over(
+            |configuration, descriptors| {
+                let machine = build.adopt(&name, configuration, descriptors)?;
+                Ok(Taker { machine, fails })
+            },
+        )
+    })
+}
+
+#[test]
+fn two_processors_that_write_go_on_in_another_process_or_in_this_one_with_memory_untouched() {
+    for engine in engines() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = Owner::start(booted(folder.path(), engine));
+        let hand_over = |fails, socket: &Path| {
+            let arriving = taker(folder.path(), socket, engine, fails);
+            let request = HandOverRequest {
+                to: socket.to_owned(),
+                pid: std::process::id(),
+                downtime_ms: 20_000,
+            };
+            let (reply, answer) = oneshot::channel();
+            source.mailbox.send(Message::HandOver(request, reply));
+            (answer.blocking_recv().unwrap(), arriving.join().unwrap())
+        };
+        for (index, fails) in [Fails::AfterRestore, Fails::AtStart]
+            .into_iter()
+            .enumerate()
+        {
+            both_count(&source.memory);
+            let socket = folder.path().join(format!("failing{index}"));
+            let (answer, arrived) = hand_over(fails, &socket);
+            assert!(answer.is_err() && arrived.is_err(), "{engine:?}, {fails:?}");
+            both_count(&source.memory);
+        }
+        let (answer, arrived) = hand_over(Fails::Never, &folder.path().join("taking"));
+        let report = answer.unwrap();
+        assert_eq!(report.outcome, Outcome::Moved, "{engine:?}: {report:?}");
+        let arrived = arrived.unwrap();
+        let machine = &arrived.machine.machine.guest.machine;
+        both_count(machine.memory());
+        paused(machine);
+        arrived.witness.wait();
+        source.thread.join().unwrap();
     }
 }
