@@ -1,6 +1,8 @@
 //! A guest with two processors, both running and writing, moves in this process from one
 //! lifecycle to a machine of any engine.
 
+mod saving;
+
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 use std::sync::mpsc;
@@ -123,44 +125,67 @@ fn assert_whole(memory: &Memory) {
     }
 }
 
-/// A running VM's owner on a thread of its own.
-struct Owner {
+/// How a lifecycle is reached and looked at.
+#[derive(Clone)]
+struct Reach {
     mailbox: Mailbox,
     monitor: Arc<MoveMonitor>,
+    saves: Arc<SaveMonitor>,
+}
+
+/// The life of a guest that runs.
+fn lifecycle(guest: ArrivingMachine, reach: Reach, inbox: mpsc::Receiver<Message>) -> Lifecycle {
+    let files = OpenFiles::create(&guest.place).unwrap();
+    let surroundings = Surroundings {
+        from_file: None,
+        saves: reach.saves,
+        following: None,
+        blueprint: guest.blueprint,
+        inbox,
+        mailbox: reach.mailbox,
+        monitor: reach.monitor,
+        faults: open_faults(),
+        doors: Doors::new(),
+        files: Arc::new(ProcessFiles::new(guest.place, files)),
+    };
+    let mut lifecycle = Lifecycle::new(guest.machine, Phase::Created, surroundings);
+    lifecycle.start(Duration::ZERO).unwrap();
+    lifecycle
+}
+
+impl Reach {
+    fn new() -> (Self, mpsc::Receiver<Message>) {
+        let (mailbox, inbox) = Mailbox::new();
+        let reach = Self {
+            mailbox,
+            monitor: Arc::new(MoveMonitor::new()),
+            saves: Arc::default(),
+        };
+        (reach, inbox)
+    }
+}
+
+/// A running VM's owner on a thread of its own.
+struct Owner {
+    reach: Reach,
     memory: Memory,
     thread: JoinHandle<()>,
 }
 
 impl Owner {
     fn start(guest: ArrivingMachine) -> Self {
-        let (mailbox, inbox) = Mailbox::new();
-        let monitor = Arc::new(MoveMonitor::new());
+        let (reach, inbox) = Reach::new();
         let memory = guest.machine.memory().clone();
-        let (others, own_monitor) = (mailbox.clone(), Arc::clone(&monitor));
+        let theirs = reach.clone();
         let (started, ready) = mpsc::channel();
         let thread = std::thread::spawn(move || {
-            let files = OpenFiles::create(&guest.place).unwrap();
-            let surroundings = Surroundings {
-                from_file: None,
-                saves: Arc::default(),
-                following: None,
-                blueprint: guest.blueprint,
-                inbox,
-                mailbox: others,
-                monitor: own_monitor,
-                faults: open_faults(),
-                doors: Doors::new(),
-                files: Arc::new(ProcessFiles::new(guest.place, files)),
-            };
-            let mut lifecycle = Lifecycle::new(guest.machine, Phase::Created, surroundings);
-            lifecycle.start(Duration::ZERO).unwrap();
+            let lifecycle = lifecycle(guest, theirs, inbox);
             started.send(()).unwrap();
             lifecycle.run();
         });
         ready.recv().unwrap();
         Self {
-            mailbox,
-            monitor,
+            reach,
             memory,
             thread,
         }
@@ -168,7 +193,7 @@ impl Owner {
 
     fn ask<T>(&self, message: impl FnOnce(Reply<T>) -> Message) -> T {
         let (reply, answer) = oneshot::channel();
-        self.mailbox.send(message(reply));
+        self.reach.mailbox.send(message(reply));
         answer.blocking_recv().unwrap().unwrap()
     }
 
@@ -180,12 +205,12 @@ impl Owner {
         };
         assert_eq!(request.to, Endpoint::Unix(to.into()));
         self.ask(|reply| Message::Migrate(request, reply));
-        until("the move ends", || self.monitor.status().is_over());
-        self.monitor.status()
+        until("the move ends", || self.reach.monitor.status().is_over());
+        self.reach.monitor.status()
     }
 
     fn end(self) {
-        self.mailbox.send(Message::End("the test is over"));
+        self.reach.mailbox.send(Message::End("the test is over"));
         self.thread.join().unwrap();
     }
 }
@@ -366,7 +391,7 @@ fn two_processors_that_write_go_on_in_another_process_or_in_this_one_with_memory
                 downtime_ms: 20_000,
             };
             let (reply, answer) = oneshot::channel();
-            source.mailbox.send(Message::HandOver(request, reply));
+            source.reach.mailbox.send(Message::HandOver(request, reply));
             (answer.blocking_recv().unwrap(), arriving.join().unwrap())
         };
         for (index, fails) in [Fails::AfterRestore, Fails::AtStart]
