@@ -55,7 +55,6 @@ pub fn play(script: &[u8], folder: &Path) -> Vec<u8> {
         max_lanes: 2,
         faults: faults(),
         cancel: cancel.clone(),
-        ..DestinationOptions::default()
     };
     let destination = std::thread::spawn(move || {
         let arrival = Destination::new(listener, options).accept(|_| Ok(Machine::new()));
