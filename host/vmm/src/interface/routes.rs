@@ -28,6 +28,11 @@ const FIRST_SLICES: [u64; 4] = [2, 3, 5, 15];
 const SLICE: u64 = 25;
 /// How many follow.
 const SLICES: usize = 19;
+/// Slices after those, in milliseconds, and how many there are at most.
+const LONG_SLICE: u64 = 100;
+const MORE_SLICES: usize = 15;
+/// So small a part of the pages of a slice may be new when the measurement ends.
+const FEW: u64 = 10;
 /// Largest request body; the largest request is a path.
 const MAX_BODY: usize = 64 << 10;
 
@@ -90,7 +95,7 @@ fn no_route() -> Refused {
     )
 }
 
-async fn ask<T: Serialize>(peers: Peers, message: impl FnOnce(Reply<T>) -> Message) -> Answer<T> {
+async fn ask<T>(peers: Peers, message: impl FnOnce(Reply<T>) -> Message) -> Answer<T> {
     let (reply, answer) = oneshot::channel();
     peers.mailbox.send(message(reply));
     match answer.await {
@@ -120,14 +125,21 @@ fn read<B: DeserializeOwned>(body: &Bytes) -> Result<B, Refused> {
     })
 }
 
-/// Measures for half a second: short slices first, since a short time is what the last rounds
-/// take.
+/// Measures for half a second, and for up to two where the guest goes on to pages that it has not
+/// written before: short slices first, since a short time is what the last rounds take.
 async fn prediction(peers: Peers, body: Bytes) -> Answer<MovePrediction> {
     let request: MigrateRequest = read(&body)?;
     let Json(()) = ask(peers.clone(), Message::BeginSurvey).await?;
     for milliseconds in FIRST_SLICES.into_iter().chain([SLICE; SLICES]) {
         tokio::time::sleep(Duration::from_millis(milliseconds)).await;
-        let Json(()) = ask(peers.clone(), Message::Survey).await?;
+        let Json(_) = ask(peers.clone(), Message::Survey).await?;
+    }
+    for _ in 0..MORE_SLICES {
+        tokio::time::sleep(Duration::from_millis(LONG_SLICE)).await;
+        let Json(slice) = ask(peers.clone(), Message::Survey).await?;
+        if slice.fresh <= slice.dirtied / FEW {
+            break;
+        }
     }
     ask(peers, |reply| Message::EndSurvey(request, reply)).await
 }

@@ -30,6 +30,7 @@ use dunlin_api::status::{ExitReport, VmStatus};
 use dunlin_api::{ApiError, OnReboot, VmConfig};
 use dunlin_guest::SavedState;
 use dunlin_hypervisor::{EngineError, VcpuId};
+use dunlin_migration::predict::Slice;
 use dunlin_migration::{Following, Standing};
 use tokio::sync::oneshot;
 
@@ -77,7 +78,7 @@ pub(crate) enum Message {
     /// Measure from now on what a move would take.
     BeginSurvey(Reply<()>),
     /// A slice of the measurement is over.
-    Survey(Reply<()>),
+    Survey(Reply<Slice>),
     /// What would the move take?
     EndSurvey(MigrateRequest, Reply<MovePrediction>),
     /// A move asks.

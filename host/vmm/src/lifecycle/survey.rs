@@ -60,21 +60,22 @@ impl Lifecycle {
         Ok(())
     }
 
-    /// Ends a slice of the measurement.
-    pub(super) fn survey(&mut self) -> Result<(), ApiError> {
+    /// Ends a slice of the measurement; what it brought.
+    pub(super) fn survey(&mut self) -> Result<Slice, ApiError> {
         let mut survey = self.survey.take().ok_or_else(interrupted)?;
         let dirtied = self.harvest()?;
         let before = survey.seen.len();
         survey.seen.union(&dirtied);
         let now = Instant::now();
-        survey.slices.push(Slice {
+        let slice = Slice {
             duration: now - survey.last,
             dirtied: dirtied.len(),
             fresh: survey.seen.len() - before,
-        });
+        };
+        survey.slices.push(slice);
         survey.last = now;
         self.survey = Some(survey);
-        Ok(())
+        Ok(slice)
     }
 
     /// Ends the measurement: what the move that `request` asks for would take.
