@@ -5,9 +5,6 @@ use crate::page::WindowRange;
 use crate::stream::RawSlice;
 use crate::windows::Windows;
 
-/// Bytes that are read in one go, if pieces allow it: they are still in a second-level cache when
-/// they are looked at, and so are the buffers that the kernel gives back to the sender.
-const READ: usize = 128 << 10;
 /// Bytes of placed memory that are looked at together: they stay in a first-level cache.
 const LOOK: usize = 4096;
 
@@ -80,7 +77,7 @@ impl Placing {
                 .is_some_and(|(low, high)| low < range.end && high >= range.start)
     }
 
-    /// What is to be filled next, and behind the end `behind`.
+    /// What is to be filled, and behind it `behind`.
     pub(super) fn targets(&mut self, behind: RawSlice) -> Targets<'_> {
         self.slices.push(behind);
         Targets(self)
@@ -143,13 +140,7 @@ pub(super) struct Targets<'a>(&'a mut Placing);
 
 impl Targets<'_> {
     pub(super) fn as_slices(&self) -> &[RawSlice] {
-        let all = &self.0.slices[self.0.next..];
-        let mut bytes = 0;
-        let enough = all.iter().position(|slice| {
-            bytes += slice.len();
-            bytes >= READ
-        });
-        enough.map_or(all, |last| &all[..=last])
+        &self.0.slices[self.0.next..]
     }
 }
 
