@@ -40,7 +40,7 @@ const LAST_WORDS: Duration = Duration::from_millis(300);
 ///
 /// Anything else that a stage receives, a damaged frame, silence or the end of the stream end the
 /// session: the machine is dropped, the guest stays with the source. A switch-over holds one
-/// round at most, or says which pages are [missing](super::missing): they follow the guest.
+/// round at most, or says which pages are missing (`destination::missing`): they follow the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
     /// The guest runs at the source.

@@ -22,7 +22,7 @@
 //! temporary file beside it, synchronised, and renamed. Its length stands in the head, so that a
 //! file that was cut is known as such before anything is restored.
 //!
-//! Version 1 ([`version1`]), which had no page table, is read as a whole.
+//! Version 1 (`version1`), which had no page table, is read as a whole.
 
 mod error;
 mod frames;

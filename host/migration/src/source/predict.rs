@@ -1,6 +1,6 @@
 //! What a move would take, told beforehand. Pure: it looks at no clock and touches no machine.
 //!
-//! The move is played through with the [`Policy`] that would decide it: a round takes as long as
+//! The move is played through with the `Policy` that would decide it: a round takes as long as
 //! its bytes take at the goodput, and leaves what the guest dirties in that time. How much that
 //! is, a [`DirtyCurve`] says: a guest that writes the same pages again dirties few in a long
 //! time, and one that goes on to others many.
