@@ -67,6 +67,9 @@ pub enum Verdict {
     ResumedAfterDoubt,
     /// The guest's host was killed, and it was said that the guest is lost.
     LostWithHost,
+    /// The source was killed when parts of the guest's memory were still there; the destination
+    /// says that it waits for them.
+    LacksMemory,
 }
 
 /// What came of all runs.
@@ -274,6 +277,9 @@ impl Scene {
             Life {
                 destination: true, ..
             } => {
+                if self.harm() == Some(Harm::KillSource) && self.lacks_memory() {
+                    return Ok(Verdict::LacksMemory);
+                }
                 self.whole(&[SOURCE, DESTINATION])?;
                 Ok(Verdict::Moved)
             }
@@ -343,15 +349,24 @@ impl Scene {
         }
     }
 
-    /// Was the host of the guest killed?
+    /// Was the host of the guest killed, and is nothing left to wait for?
     fn lost_for_certain(&self) -> bool {
-        let killed = self.fault.map(|fault| fault.harm);
-        matches!(killed, Some(Harm::KillSource | Harm::KillDestination))
+        matches!(self.harm(), Some(Harm::KillSource | Harm::KillDestination))
             && self.mover.pid().is_err()
     }
 
+    fn harm(&self) -> Option<Harm> {
+        self.fault.map(|fault| fault.harm)
+    }
+
+    /// Does the destination say that pages are missing?
+    fn lacks_memory(&mut self) -> bool {
+        let status = self.mover.other().query(&["inspect", NAME]);
+        status.is_ok_and(|status| status["status"]["missing_pages"].as_u64() > Some(0))
+    }
+
     fn nobody_else_ran(&mut self) -> anyhow::Result<()> {
-        let killed = self.fault.map(|fault| fault.harm) == Some(Harm::KillDestination);
+        let killed = self.harm() == Some(Harm::KillDestination);
         let ran = self.mover.recorder().last_word(DESTINATION).is_some();
         if ran && !killed {
             bail!("the guest lives at the source, yet ran at the destination");
@@ -365,7 +380,10 @@ impl Scene {
 
     /// No guest ticks: it must be in doubt, or its host was killed and that was said.
     fn nobody_lives(&mut self, said: &str) -> anyhow::Result<Verdict> {
-        let harm = self.fault.map(|fault| fault.harm);
+        let harm = self.harm();
+        if harm == Some(Harm::KillSource) && self.lacks_memory() {
+            return Ok(Verdict::LacksMemory);
+        }
         let at_source = self.mover.host().query(&["inspect", NAME]);
         if let Ok(status) = &at_source
             && status["migration"]["phase"] == "in-doubt"
@@ -392,7 +410,14 @@ impl Scene {
             Some(Harm::KillSource) if said.contains("error") && !heard.is_empty() => {
                 Ok(Verdict::LostWithHost)
             }
-            Some(Harm::KillDestination) if at_source.is_err() => Ok(Verdict::LostWithHost),
+            // The source has ended after all went well, or says that the guest was given away.
+            Some(Harm::KillDestination)
+                if at_source
+                    .as_ref()
+                    .map_or(true, |status| status["migration"]["phase"] == "lost") =>
+            {
+                Ok(Verdict::LostWithHost)
+            }
             _ => bail!(
                 "the guest lives nowhere; the move said: {said}; the destination said: {heard}; \
                  the source is {:?}",
