@@ -17,6 +17,8 @@ pub const NAME: &str = "bench";
 const FILLED: Duration = Duration::from_secs(120);
 /// Time for a guest that has arrived to say so.
 const ARRIVED: Duration = Duration::from_secs(30);
+/// Time for a move, for `--timeout`.
+const MOVED: &str = "90s";
 /// How long a guest is heard before and after each move.
 pub const CALM: Duration = Duration::from_millis(200);
 
@@ -232,7 +234,7 @@ impl Mover {
         let before = ProcessorTime::of(&pids);
         let watch = Watch::start(pids.clone());
         let start = self.recorder.now();
-        let mut arguments = vec!["migrate", NAME, "--to", target];
+        let mut arguments = vec!["migrate", NAME, "--to", target, "--timeout", MOVED];
         arguments.extend(migrate);
         let report = self.hosts[self.at].query(&arguments);
         let end = self.recorder.now();
