@@ -151,6 +151,34 @@ fn every_damaged_byte_of_a_record_is_noticed_before_what_it_carries_is_used() {
     }
 }
 
+/// Disorder that never happens would test nothing.
+#[test]
+fn a_lane_in_memory_lands_writes_in_any_order_and_late() {
+    let (mut late, mut overtaken) = (0, 0);
+    for seed in 0..50 {
+        let mut pair = in_memory(MemoryLane {
+            sizes: SMALL,
+            seed,
+            ..MemoryLane::default()
+        });
+        let region = Region::new(64 << 10);
+        pair.grant(&region, 0..64 << 10);
+        for number in 0..3 {
+            write(&mut *pair.sender, number * 20_000, 20_000, 1).unwrap();
+        }
+        let landed: Vec<_> = (0..60)
+            .map(|part| region.is(part * 1_000..(part + 1) * 1_000, 1))
+            .collect();
+        late += usize::from(landed.contains(&false));
+        overtaken += usize::from(landed.windows(2).any(|two| !two[0] && two[1]));
+        pair.sender.send(b"all", soon()).unwrap();
+        assert_eq!(receive(&mut *pair.receiver), b"all");
+        assert!(region.is(0..60_000, 1));
+    }
+    assert!(late > 10, "all landed at once in {} of 50 runs", 50 - late);
+    assert!(overtaken > 10, "out of order in {overtaken} of 50 runs");
+}
+
 fn faulty(fault: Fault, seed: u64) -> (Pair, Region) {
     let mut pair = in_memory(MemoryLane {
         sizes: SMALL,

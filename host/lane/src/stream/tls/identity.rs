@@ -1,6 +1,8 @@
 //! Who this side is, and whom it trusts.
 
+use std::fs;
 use std::net::IpAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -79,6 +81,7 @@ impl TlsIdentity {
         let roots = Arc::new(roots(&authority)?);
         let chain = certificates(&folder.join("cert.pem"))?;
         let key = folder.join("key.pem");
+        warn_of_readers(&key);
         let key = PrivateKeyDer::from_pem_file(&key).map_err(|source| IdentityError::File {
             path: key,
             what: "a key",
@@ -169,6 +172,14 @@ fn provider() -> CryptoProvider {
             cipher_suite::TLS13_CHACHA20_POLY1305_SHA256,
         ],
         ..default_provider()
+    }
+}
+
+/// A key that everybody on the host can read proves nothing about who uses it.
+fn warn_of_readers(key: &Path) {
+    let others = fs::metadata(key).is_ok_and(|file| file.permissions().mode() & 0o007 != 0);
+    if others {
+        tracing::warn!(file = %key.display(), "everybody on this host can read the key");
     }
 }
 
