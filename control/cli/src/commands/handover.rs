@@ -74,25 +74,21 @@ pub(super) async fn hand_over(args: HandOverArgs, printer: &Printer) -> Result<(
         process.let_go();
     }
     let arrived = tokio::time::timeout(LAST_WORD, arrived(&mut process)).await;
-    let status = match (arrived, answer) {
+    match (arrived, answer) {
         (Ok(Ok(Some(status))), answer) => {
             process.detach()?;
             wait_for_end(old.pid).await;
-            return report(&old, &status, answer.ok().as_ref(), printer);
+            report(&old, &status, answer.ok().as_ref(), printer);
+            Ok(())
         }
-        (_, Err(error)) => return Err(with_hint(error, &old)),
-        (Ok(other), Ok(_)) => other?,
-        (Err(_), Ok(_)) => None,
-    };
-    debug_assert!(status.is_none());
-    Err(ApiError::new(
-        ErrorCode::Unknown,
-        format!(
-            "the new process of VM \"{}\" ended after it had the guest",
-            args.name
-        ),
-    )
-    .into())
+        (_, Err(error)) => Err(with_hint(error, &old)),
+        (Ok(Err(error)), Ok(_)) => Err(error),
+        (Ok(Ok(None)) | Err(_), Ok(_)) => {
+            let name = &args.name;
+            let said = format!("the new process of VM \"{name}\" ended after it had the guest");
+            Err(ApiError::new(ErrorCode::Unknown, said).into())
+        }
+    }
 }
 
 fn with_hint(error: CliError, old: &VmStatus) -> CliError {
@@ -129,12 +125,7 @@ async fn arrived(process: &mut VmProcess) -> Result<Option<VmStatus>, CliError> 
     Ok(None)
 }
 
-fn report(
-    old: &VmStatus,
-    new: &VmStatus,
-    report: Option<&HandOverReport>,
-    printer: &Printer,
-) -> Result<(), CliError> {
+fn report(old: &VmStatus, new: &VmStatus, report: Option<&HandOverReport>, printer: &Printer) {
     let value = HandedOver {
         name: &new.name,
         from_pid: old.pid,
@@ -153,7 +144,6 @@ fn report(
     if report.is_none() {
         printer.note("the old process died at the hand-over; what it held of the console is lost");
     }
-    Ok(())
 }
 
 /// A report for people.
