@@ -9,7 +9,7 @@ mod census;
 
 use std::time::Duration;
 
-pub use census::content_pages;
+pub use census::{Census, census};
 
 use super::policy::{Decision, Observation, Policy, RoundMeasure};
 use crate::machine::Slowdown;
@@ -18,6 +18,8 @@ use crate::pages::PAGE;
 
 /// Decisions after which a move counts as endless; the policy's own limits come far earlier.
 const MOST_DECISIONS: u32 = 10_000;
+/// Bytes a second that are looked at for zeros, at least.
+const LOOKING: f64 = 2e9;
 /// The curve goes on as a straight line when its second half is at least so steep as its first.
 const STRAIGHT: f64 = 0.95;
 
@@ -124,6 +126,8 @@ impl DirtyCurve {
 pub struct Guest {
     /// Pages of RAM.
     pub pages: u64,
+    /// Those of them that were ever touched: each is looked at.
+    pub touched_pages: u64,
     /// Those of them that are not zero.
     pub content_pages: u64,
     /// What it dirties.
@@ -243,10 +247,12 @@ impl<'a> Play<'a> {
 
     /// Sends what remains while the guest runs.
     fn round(&mut self) {
-        let duration = self
-            .path
-            .round_trip
-            .saturating_add(self.sending(self.content));
+        let mut sending = self.sending(self.content);
+        if self.done.rounds == 0 {
+            let looking = bytes(self.guest.touched_pages.min(self.guest.pages)) as f64 / LOOKING;
+            sending = sending.max(Duration::from_secs_f64(looking));
+        }
+        let duration = self.path.round_trip.saturating_add(sending);
         self.policy.round(&RoundMeasure {
             number: self.done.rounds,
             pages: self.content,

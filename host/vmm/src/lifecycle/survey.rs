@@ -87,9 +87,11 @@ impl Lifecycle {
         let dirty = DirtyCurve::from_slices(&survey.slices);
         self.drop_look();
         let memory = self.machine.memory();
+        let census = predict::census(memory);
         let guest = Guest {
             pages: memory.pages(),
-            content_pages: predict::content_pages(memory),
+            touched_pages: census.touched,
+            content_pages: census.content,
             dirty,
         };
         let last = self.monitor.status().report;

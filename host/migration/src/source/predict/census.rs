@@ -7,9 +7,18 @@ use crate::pages::{self, Extents, PAGE};
 /// Pages that are looked at, at most.
 const SAMPLES: u64 = 1024;
 
-/// Pages that are not zero: those that were ever touched, less the share of zeros among some of
-/// them at even distances.
-pub fn content_pages(memory: &Memory) -> u64 {
+/// What is in a guest's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Census {
+    /// Pages that were ever touched.
+    pub touched: u64,
+    /// Those of them that are not zero.
+    pub content: u64,
+}
+
+/// Counts the pages that were ever touched, and takes off the share of zeros among some of them at
+/// even distances.
+pub fn census(memory: &Memory) -> Census {
     let touched = touched(memory);
     let total: u64 = touched.iter().map(|run| run.end - run.start).sum();
     let step = total.div_ceil(SAMPLES).max(1);
@@ -27,11 +36,11 @@ pub fn content_pages(memory: &Memory) -> u64 {
         }
         skip = next - run.end;
     }
-    if looked_at == 0 {
-        return 0;
+    let share = with_content as f64 / f64::max(looked_at as f64, 1.0);
+    Census {
+        touched: total,
+        content: (total as f64 * share).round() as u64,
     }
-    let share = with_content as f64 / looked_at as f64;
-    (total as f64 * share).round() as u64
 }
 
 /// Runs of pages that the memory file has.
@@ -65,7 +74,10 @@ mod tests {
 
     #[test]
     fn untouched_memory_has_no_content() {
-        assert_eq!(content_pages(&memory()), 0);
+        assert_eq!(
+            (census(&memory()).touched, census(&memory()).content),
+            (0, 0)
+        );
     }
 
     #[test]
@@ -74,7 +86,7 @@ mod tests {
         for page in 3000..3500 {
             assert!(memory.write_page(PageIndex(page), &[1; PAGE]));
         }
-        assert_eq!(content_pages(&memory), 500);
+        assert_eq!(census(&memory).content, 500);
     }
 
     #[test]
@@ -86,7 +98,8 @@ mod tests {
             assert!(memory.write_page(PageIndex(page), &[content(page); PAGE]));
         }
         let real = (0..PAGES).filter(|&page| content(page) == 1).count() as f64;
-        let found = content_pages(&memory) as f64;
+        assert_eq!(census(&memory).touched, PAGES);
+        let found = census(&memory).content as f64;
         assert!((found / real - 1.0).abs() < 0.25, "{found} of {real}");
     }
 }

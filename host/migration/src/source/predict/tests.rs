@@ -32,6 +32,7 @@ fn turns(working_set: u64, rate: u64) -> DirtyCurve {
 fn guest(pages: u64, dirty: DirtyCurve) -> Guest {
     Guest {
         pages,
+        touched_pages: pages,
         content_pages: pages,
         dirty,
     }
@@ -64,9 +65,13 @@ fn an_idle_guest_takes_as_long_as_its_memory_takes_once() {
 fn pages_of_zeros_cost_nothing() {
     let mut empty = guest(1024 * MIB, DirtyCurve::default());
     empty.content_pages = 10 * MIB;
+    empty.touched_pages = 10 * MIB;
     let expected = after(&empty, &PATH);
     assert_eq!(expected.bytes, 10 << 20);
     assert!(expected.total < ms(30), "{expected:?}");
+    // Unless they were touched, and have to be looked at.
+    empty.touched_pages = 1024 * MIB;
+    assert!(after(&empty, &PATH).total > ms(400), "{expected:?}");
 }
 
 #[test]
@@ -235,7 +240,7 @@ proptest! {
         limit in 1u64..1000,
         mode in 0u8..3,
     ) {
-        let guest = Guest { pages, content_pages: content, dirty: DirtyCurve::from_slices(&slices) };
+        let guest = Guest { pages, touched_pages: pages, content_pages: content, dirty: DirtyCurve::from_slices(&slices) };
         let path = Path { goodput, round_trip: Duration::from_micros(round_trip), post_copy };
         let options = MigrationOptions {
             downtime_limit: ms(limit),
