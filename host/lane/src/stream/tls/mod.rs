@@ -14,6 +14,7 @@ mod handshake;
 mod identity;
 mod records;
 mod session;
+mod targets;
 mod transport;
 
 use std::path::PathBuf;

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use super::handshake::{Handshake, Need};
 use super::records::{HEADER, MAX_RECORD, room_for, whole};
 use super::session::{Opened, Session};
+use super::targets::Targets;
 use super::{TlsFailure, TlsIdentity, TlsName};
 use crate::stream::{RawSlice, StreamTraits, Transport, TransportError};
 
@@ -270,7 +271,7 @@ impl TlsTransport {
             let count = targets.take(&self.incoming[self.plain.clone()]);
             self.plain.start += count;
             if !self.plain.is_empty() || targets.are_full() {
-                return Ok(targets.done);
+                return Ok(targets.done());
             }
             match self.open_record() {
                 Ok(true) => {
@@ -279,11 +280,11 @@ impl TlsTransport {
                         return Err(self.failed(TlsFailure::Damaged));
                     }
                 }
-                Ok(false) if targets.done > 0 => return Ok(targets.done),
+                Ok(false) if targets.done() > 0 => return Ok(targets.done()),
                 Ok(false) => self.wait_for_record(deadline)?,
-                Err(failure) if targets.done > 0 => {
+                Err(failure) if targets.done() > 0 => {
                     self.state = State::Failed(Some(failure));
-                    return Ok(targets.done);
+                    return Ok(targets.done());
                 }
                 Err(failure) => return Err(self.failed(failure)),
             }
@@ -408,53 +409,5 @@ impl TlsTransport {
             }
         }
         TransportError::Closed { peer }
-    }
-}
-
-/// Raw slices that are filled one after the other.
-struct Targets<'a> {
-    slices: &'a [RawSlice],
-    first: Option<RawSlice>,
-    done: usize,
-}
-
-impl<'a> Targets<'a> {
-    fn new(slices: &'a [RawSlice]) -> Self {
-        let mut targets = Self {
-            slices,
-            first: None,
-            done: 0,
-        };
-        targets.next();
-        targets
-    }
-
-    /// Goes on to the next slice that has room.
-    fn next(&mut self) {
-        while self.first.is_none_or(|first| first.is_empty())
-            && let Some((next, rest)) = self.slices.split_first()
-        {
-            self.first = Some(*next);
-            self.slices = rest;
-        }
-    }
-
-    fn are_full(&self) -> bool {
-        self.first.is_none_or(|first| first.is_empty())
-    }
-
-    /// Fills from `bytes`; says how many fitted.
-    fn take(&mut self, mut bytes: &[u8]) -> usize {
-        let before = self.done;
-        while !bytes.is_empty()
-            && let Some(first) = &mut self.first
-            && !first.is_empty()
-        {
-            let count = first.split_front(bytes.len()).copy_from(bytes);
-            bytes = &bytes[count..];
-            self.done += count;
-            self.next();
-        }
-        self.done - before
     }
 }
