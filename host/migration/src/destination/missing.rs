@@ -57,6 +57,21 @@ impl PostCopy {
         self.line.as_ref().err().cloned()
     }
 
+    /// The source says which pages will be missing, while the guest still runs there.
+    pub(super) fn make_room(
+        &self,
+        body: &Missing,
+        inventory: &Inventory,
+    ) -> Result<(), MigrationError> {
+        let Ok(line) = &self.line else {
+            let reason = "pages are not to follow";
+            return Err(ProtocolError::invalid(Kind::Missing, reason).into());
+        };
+        let memory = inventory.memory();
+        let missing = postcopy::hear(body, memory.pages())?;
+        postcopy::make_room(memory, &line.faults, &missing)
+    }
+
     /// The source says which pages are missing: they are asked for from now on.
     pub(super) fn begin(
         &mut self,

@@ -240,6 +240,9 @@ impl<'a, M: DestinationMachine> Session<'a, M> {
                 self.stage = Stage::Switching(body.attempt);
                 self.announced = Instant::now();
             }
+            (Message::Missing(body), Stage::Copying) if self.round.is_none() => {
+                self.post_copy.make_room(&body, &self.inventory)?;
+            }
             (Message::Missing(body), Stage::Switching(attempt))
                 if self.round.is_none() && body.attempt == attempt =>
             {

@@ -16,6 +16,7 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::io::{PipeReader, PipeWriter, Read, Write};
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -305,15 +306,32 @@ impl Drop for Inflow {
     }
 }
 
-/// Makes the missing pages holes.
+/// Forgets what missing pages hold, ahead of an inflow, which then has less to do.
+///
+/// # Errors
+/// [`MigrationError`] when the host refuses.
+pub(crate) fn make_room(
+    memory: &Memory,
+    uffd: &Arc<Userfaultfd>,
+    missing: &PageSet,
+) -> Result<(), MigrationError> {
+    empty(
+        &FaultingMemory::new(Arc::clone(uffd), memory.clone()),
+        missing,
+    )
+}
+
+/// Makes the missing pages holes, as far as they are none.
 fn empty(ram: &FaultingMemory, missing: &PageSet) -> Result<(), MigrationError> {
+    let mut extents = pages::Extents::new(ram.memory());
     for run in missing.runs() {
-        ram.discard(PageIndex(run.start), run.end - run.start)?;
+        if !is_hole(&mut extents, &run) {
+            ram.discard(PageIndex(run.start), run.end - run.start)?;
+        }
     }
     let mut extents = pages::Extents::new(ram.memory());
     for run in missing.runs() {
-        let end = extents.hole_at(PageIndex(run.start)).unwrap_or(0);
-        if end < run.end {
+        if !is_hole(&mut extents, &run) {
             // Whoever touched it would find old content instead of waiting.
             return Err(MigrationError::Refused {
                 reason: format!("page {} cannot be emptied", run.start),
@@ -321,6 +339,11 @@ fn empty(ram: &FaultingMemory, missing: &PageSet) -> Result<(), MigrationError> 
         }
     }
     Ok(())
+}
+
+fn is_hole(extents: &mut pages::Extents<'_>, run: &Range<u64>) -> bool {
+    let end = extents.hole_at(PageIndex(run.start));
+    end.is_some_and(|end| end >= run.end)
 }
 
 /// What can be seen of an inflow.

@@ -4,6 +4,7 @@
 //! ```text
 //! source                                   destination
 //!   │ connections: requests, urgent, bulk… ──▶ │
+//!   │ Missing ───────────────────────────────▶ │ makes room for what will be missing
 //!   │ SwitchOver ────────────────────────────▶ │
 //!   │ (pauses) Missing, States ──────────────▶ │ forgets the missing pages, watches over memory,
 //!   │ ◀──────────────── Wanted (on requests)   │ restores; what that touches is asked for
@@ -63,7 +64,7 @@ use std::time::Duration;
 use crate::error::MigrationError;
 
 pub(crate) use follow::{Follow, Followed, counted_here};
-pub(crate) use inflow::{Basin, Inflow};
+pub(crate) use inflow::{Basin, Inflow, make_room};
 pub(crate) use keeper::Keeper;
 pub(crate) use links::{Event, Switchboard, collect, open_links};
 pub use missing::hear;

@@ -29,7 +29,7 @@
 //! | 19 | FileHeader | file | first | what `inspect` shows |
 //! | 20 | End | file | last | how many frames came before |
 //! | 21 | Lanes | source | after 2 | how many page lanes are open |
-//! | 30 | Missing | both | switching, before 9; answer to 32 | the pages that the destination lacks |
+//! | 30 | Missing | both | before 8; switching, before 9; answer to 32 | the pages that the destination lacks |
 //! | 31 | Wanted | destination | post-copy, on its connection for requests | pages that are waited for |
 //! | 32 | Resume | source | first, on a new control connection of a post-copy | who is meant, how many connections follow |
 //! | 33 | Gone | destination | answer to 32 | the guest is not here |

@@ -318,8 +318,15 @@ impl<'o, 'p> Attempt<'o, 'p> {
         }
     }
 
-    /// Sends a sign of life there and back.
+    /// Sends a sign of life there and back, which tells how long a word takes.
     pub(super) fn ping(&mut self) -> Result<(), MigrationError> {
+        let took = self.echo()?;
+        self.policy.round_trip(took);
+        Ok(())
+    }
+
+    /// Waits until the destination has heard everything that was said, and answered.
+    pub(super) fn echo(&mut self) -> Result<Duration, MigrationError> {
         let patience = Patience::Idle(self.options.idle_timeout);
         let number = self.pings;
         self.pings += 1;
@@ -332,8 +339,7 @@ impl<'o, 'p> Attempt<'o, 'p> {
                 other => self.hear(other)?,
             }
         }
-        self.policy.round_trip(begun.elapsed());
-        Ok(())
+        Ok(begun.elapsed())
     }
 
     pub(super) fn tell(&mut self, step: Step, round: u32, pages_done: u64, pages_total: u64) {

@@ -68,6 +68,7 @@ impl Attempt<'_, '_> {
                 return Ok(Switched::TakenBack);
             }
         };
+        self.announce(machine)?;
         let (at, times) = self.stop_guest(machine)?;
         let limit = self.options.downtime_limit;
         let mut paused = Paused {
@@ -87,6 +88,27 @@ impl Attempt<'_, '_> {
                 drop(outflow);
                 Ok(Switched::TakenBack)
             }
+        }
+    }
+
+    /// Tells the destination, while the guest still runs here, which pages will be missing: making
+    /// room for those takes time that the pause need not have.
+    fn announce(&mut self, machine: &mut dyn SourceMachine) -> Result<(), MigrationError> {
+        self.harvest(machine)?;
+        self.forget_sent();
+        let missing = Missing {
+            attempt: self.switch_over + 1,
+            ..postcopy::tell(&self.pending)
+        };
+        let patience = Patience::Idle(self.options.idle_timeout);
+        self.wire.send(&Message::Missing(missing), patience)?;
+        self.echo().map(|_took| ())
+    }
+
+    /// The destination forgets what it has of pending pages.
+    fn forget_sent(&self) {
+        if let Some(sent) = &self.sent {
+            self.pending.iter().for_each(|page| sent.forget(page));
         }
     }
 
@@ -124,11 +146,8 @@ impl Attempt<'_, '_> {
         if Instant::now() >= paused.deadline {
             return Ok((None, None));
         }
+        self.forget_sent();
         let set = self.take_pending();
-        if let Some(sent) = &self.sent {
-            // The destination forgets what it has of them.
-            set.iter().for_each(|page| sent.forget(page));
-        }
         let missing = Message::Missing(Missing {
             attempt: self.switch_over,
             generation: self.generation,
