@@ -4,6 +4,7 @@
 //!   fills a [`DestinationMachine`];
 //! - [`protocol`]: what both say, with the table of messages;
 //! - [`ownership`]: who owns the guest when, and how that stays true when things break;
+//! - [`postcopy`]: memory that follows its guest, over as many connections as that takes;
 //! - [`transport`]: TCP and unix sockets behind one trait;
 //! - [`handover`]: to another process of the same host, without copying memory;
 //! - [`mod@file`]: a guest at rest, in the same frames.
