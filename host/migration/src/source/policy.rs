@@ -20,6 +20,8 @@ const STUCK_ROUNDS: u32 = 2;
 const STALE_ROUNDS: u32 = 8;
 /// Rounds for a shorter pause alone.
 const POLISH_ROUNDS: u32 = 6;
+/// Times that memory may be about to follow the guest, and the pause is taken back.
+const MOST_FOLLOWS: u32 = 8;
 /// Copying during the pause that is not worth another round.
 const WORTH: Duration = Duration::from_micros(500);
 /// Share of the limit that copying may take for a switch-over to be tried against the odds.
@@ -124,6 +126,8 @@ pub(super) struct Policy {
     last: u64,
     /// Rounds that were made although what remained fitted.
     polish: u32,
+    /// Times that memory was to follow the guest.
+    follows: u32,
 }
 
 impl Policy {
@@ -135,6 +139,7 @@ impl Policy {
             stale: 0,
             last: u64::MAX,
             polish: 0,
+            follows: 0,
         }
     }
 
@@ -172,13 +177,21 @@ impl Policy {
 
     /// What to do next.
     pub(super) fn decide(&mut self, now: &Observation) -> Decision {
+        let decision = self.weigh(now);
+        self.follows += u32::from(decision == Decision::PostCopy);
+        decision
+    }
+
+    fn weigh(&mut self, now: &Observation) -> Decision {
         let given_up = now.rounds >= self.options.max_rounds
             || self.stale >= STALE_ROUNDS
             || now.switch_overs_aborted >= self.options.max_switch_overs;
         if self.options.timeout.is_some_and(|most| now.elapsed > most) {
             return Decision::GiveUp(GiveUp::TimedOut);
         }
-        let may_follow = now.post_copy && self.options.mode != Mode::Pre;
+        // Its pause has the same limit, and may be taken back.
+        let may_follow =
+            now.post_copy && self.options.mode != Mode::Pre && self.follows < MOST_FOLLOWS;
         if now.rounds > 0 && self.options.mode == Mode::Post && may_follow {
             return Decision::PostCopy;
         }
@@ -394,6 +407,38 @@ mod tests {
         let pause = Decision::SwitchOver(Pause::Limited);
         assert_eq!(policy.decide(&after(1, 0)), Decision::Round);
         assert_eq!(policy.decide(&after(2, 0)), pause);
+    }
+
+    #[test]
+    fn a_guest_whose_every_pause_is_taken_back_stays_in_the_end() {
+        for mode in [Mode::Auto, Mode::Post] {
+            let mut policy = policy(MigrationOptions {
+                mode,
+                ..MigrationOptions::default()
+            });
+            let mut switch_overs_aborted = 0;
+            let end = (1..200).find_map(|rounds| {
+                let now = Observation {
+                    dirty_rate: 2e9,
+                    goodput: 1e9,
+                    post_copy: true,
+                    switch_overs_aborted,
+                    slowdown: HARSH,
+                    ..after(rounds.min(30), 90_000)
+                };
+                match policy.decide(&now) {
+                    Decision::PostCopy | Decision::SwitchOver(_) => {
+                        switch_overs_aborted += 1;
+                        policy.taken_back();
+                        None
+                    }
+                    Decision::GiveUp(why) => Some(why),
+                    _ => None,
+                }
+            });
+            assert_eq!(end, Some(GiveUp::DidNotConverge), "{mode:?}");
+            assert!(switch_overs_aborted >= MOST_FOLLOWS);
+        }
     }
 
     #[test]
