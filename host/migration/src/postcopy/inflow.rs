@@ -268,7 +268,13 @@ impl Inflow {
         Gauge(Arc::clone(&self.shared))
     }
 
-    /// Nobody needs the pages any more, or all are here: memory is memory again.
+    /// All pages are here: memory is memory again, while the connections stay.
+    pub(crate) fn release(&self) {
+        self.shared.let_go();
+    }
+
+    /// Nobody needs the pages any more, or all are here: memory is memory again, and the
+    /// connections end.
     pub(crate) fn end(&mut self) {
         self.unlink();
         {

@@ -170,9 +170,9 @@ impl Work {
 
     /// Every page is here: tells the source, again and again if need be.
     fn whole(&mut self) -> Option<String> {
-        if self.inflow.is_some() {
+        if let Some(inflow) = self.inflow.as_ref().filter(|_| self.duration.is_zero()) {
             self.duration = self.begun.elapsed();
-            self.let_go();
+            inflow.release();
             self.board.post(Standing::Complete);
             tracing::info!(
                 pages = self.gauge.counts().missing,
@@ -193,7 +193,10 @@ impl Work {
             }),
             hash: self.gauge.hash(),
         });
-        match self.last_word(&mut control, &complete) {
+        // The other connections end behind this word: before it, that would look like a break.
+        let told = self.last_word(&mut control, &complete);
+        self.let_go();
+        match told {
             Ok(()) => Some(end),
             Err(error) => {
                 tracing::debug!(error = %error.chain(), "the source does not know yet that all is here");
@@ -224,7 +227,6 @@ impl Work {
 
     /// The guest was ended.
     fn end(&mut self, reason: String) -> String {
-        self.let_go();
         if let Some(mut control) = self.control.take() {
             let ended = Message::Ended(Ended {
                 reason: reason.clone(),
@@ -233,6 +235,7 @@ impl Work {
                 tracing::warn!(error = %error.chain(), "the source was not told that its guest has ended");
             }
         }
+        self.let_go();
         self.board.post(Standing::Ended);
         reason
     }
