@@ -97,8 +97,9 @@ pub enum StreamError {
 /// Understands the stream of one guest, on however many hosts it ran.
 #[derive(Debug, Clone, Default)]
 pub struct Listener {
-    /// Ticks so far; known from the first record on.
+    /// Ticks so far; as long as no record told them in full, modulo 128.
     ticks: Option<u64>,
+    told: bool,
     record: Option<Record>,
 }
 
@@ -110,7 +111,7 @@ struct Record {
 }
 
 impl Listener {
-    /// A listener that hears the guest from its start.
+    /// A listener that hears the guest from its start, or from any later moment between two records.
     pub fn new() -> Self {
         Self::default()
     }
@@ -167,7 +168,10 @@ impl Listener {
         let [first, second] = record.numbers;
         match record.kind {
             kind::COUNT => {
-                let expected = *self.ticks.get_or_insert(first);
+                let heard = self.ticks.unwrap_or(first);
+                let agrees = heard & 0x7f == first & 0x7f;
+                let expected = if !self.told && agrees { first } else { heard };
+                (self.ticks, self.told) = (Some(expected), true);
                 if expected & NUMBER_MASK != first {
                     return Err(StreamError::Count {
                         expected,
@@ -253,8 +257,18 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_that_is_heard_from_its_middle_on_tells_its_ticks() {
+        let mut listener = Listener::new();
+        hear(&mut listener, &[126, 127]).unwrap();
+        hear(&mut listener, &record(kind::COUNT, 1280, 0)).unwrap();
+        assert_eq!(listener.ticks(), 1280);
+        assert!(hear(&mut listener, &record(kind::COUNT, 1408, 0)).is_err());
+    }
+
+    #[test]
     fn a_whole_turn_of_missing_ticks_is_noticed() {
         let mut listener = Listener::new();
+        hear(&mut listener, &record(kind::COUNT, 0, 0)).unwrap();
         hear(&mut listener, &[0, 1]).unwrap();
         let lost = hear(&mut listener, &record(kind::COUNT, 130, 0));
         assert_eq!(

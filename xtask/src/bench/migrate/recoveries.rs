@@ -15,9 +15,9 @@ use dunlin_testbed::mover::{Mover, NAME};
 use dunlin_testbed::proxy::Proxy;
 
 const MEBIBYTES: u64 = 256;
-/// Slow enough that memory follows for more than a second.
-const BANDWIDTH: &str = "100M";
-/// The cut comes at most this long after the guest has changed hands.
+/// Slow enough that memory, of which the guest writes much before it goes, follows for seconds.
+const BANDWIDTH: &str = "40M";
+/// The cut comes at most this long after it was noticed that the guest has changed hands.
 const LATEST_CUT_MS: u64 = 1000;
 const SCRUBBED: Duration = Duration::from_secs(60);
 
@@ -26,9 +26,9 @@ pub(super) fn run(bench: &Bench) -> anyhow::Result<Vec<Row>> {
         bail!("memory cannot follow a guest here, or not yet");
     }
     let parameters = Parameters {
-        fill_mebibytes: Some(160),
-        working_set_mebibytes: 32,
-        rate_mebibytes: 20,
+        fill_mebibytes: Some(96),
+        working_set_mebibytes: 64,
+        rate_mebibytes: 100,
         scrub_pages: 64,
         ..Parameters::default()
     };
