@@ -32,6 +32,16 @@ pub fn folder() -> &'static Path {
     })
 }
 
+/// Makes writing to who has hung up an error, as it is in every program whose `main` is Rust's; the
+/// fuzzer's is not.
+pub fn survive_hang_ups() {
+    // SAFETY: ignoring a signal runs no code of ours.
+    #[expect(unsafe_code, reason = "std does so only before a main of its own")]
+    unsafe {
+        libc::signal(libc::SIGPIPE, libc::SIG_IGN);
+    }
+}
+
 /// A file that has a path but no place on disk.
 #[derive(Debug)]
 pub struct MemoryFile {

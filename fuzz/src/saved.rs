@@ -273,7 +273,7 @@ fn repair(bytes: &mut [u8]) {
     let sequence = repair_frames(bytes, HEAD, 0);
     let table = u64::from_le_bytes(bytes[24..32].try_into().expect("eight bytes are eight"));
     if let Ok(table) = usize::try_from(table)
-        && table > HEAD
+        && (HEAD + 1..bytes.len()).contains(&table)
     {
         repair_frames(bytes, table, sequence);
     }
