@@ -5,7 +5,6 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use dunlin_guest::{Memory, PAGE_SIZE, PageIndex};
@@ -140,7 +139,6 @@ impl Book {
 pub(super) struct Lanes {
     book: Arc<Book>,
     stop: CancelToken,
-    threads: Vec<JoinHandle<Box<dyn PageReceiver>>>,
 }
 
 impl Lanes {
@@ -150,10 +148,9 @@ impl Lanes {
         inventory: &Arc<Inventory>,
     ) -> Result<Self, MigrationError> {
         let book = Arc::new(Book::new(receivers.len()));
-        let mut lanes = Self {
+        let lanes = Self {
             book: Arc::clone(&book),
             stop: CancelToken::new(),
-            threads: Vec::new(),
         };
         let preparer = preparing::start(inventory.memory().clone(), lanes.stop.clone())?;
         for (index, mut lane) in receivers.into_iter().enumerate() {
@@ -172,31 +169,19 @@ impl Lanes {
                 counts: Counts::default(),
                 cpu_told: 0,
             };
-            let thread = std::thread::Builder::new()
+            std::thread::Builder::new()
                 .name(format!("page-lane-{index}"))
                 .spawn(move || body.run())
                 .map_err(|source| MigrationError::Host {
                     what: "a thread",
                     source,
                 })?;
-            lanes.threads.push(thread);
         }
         Ok(lanes)
     }
 
     pub(super) fn book(&self) -> &Arc<Book> {
         &self.book
-    }
-
-    /// Takes the lanes out of their threads' hands, whole: nothing is under way on them.
-    #[expect(dead_code, reason = "post-copy goes on with the lanes")]
-    pub(super) fn into_receivers(mut self) -> Vec<Box<dyn PageReceiver>> {
-        self.stop.cancel();
-        let threads = std::mem::take(&mut self.threads);
-        threads
-            .into_iter()
-            .filter_map(|thread| thread.join().ok())
-            .collect()
     }
 }
 
@@ -235,7 +220,7 @@ struct Body {
 }
 
 impl Body {
-    fn run(mut self) -> Box<dyn PageReceiver> {
+    fn run(mut self) {
         let mut message = Vec::new();
         while !self.stop.is_cancelled() {
             let received = self.lane.receive(&mut message, Instant::now() + SLICE);
@@ -250,7 +235,6 @@ impl Body {
                 break;
             }
         }
-        self.lane
     }
 
     fn heed(&mut self, message: &[u8]) -> Result<(), MigrationError> {

@@ -15,7 +15,6 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use dunlin_guest::{Memory, PageIndex, PageSet};
@@ -111,7 +110,7 @@ pub(super) enum Finished {
     NotYet,
 }
 
-/// The lanes.
+/// The lanes. Their threads end with it: by their channels, or by their lanes.
 pub(super) struct Lanes {
     workers: Vec<Worker>,
     done: Receiver<Done>,
@@ -128,7 +127,6 @@ pub(super) struct Lanes {
 struct Worker {
     jobs: Sender<Arc<Work>>,
     cpu: Arc<AtomicU64>,
-    thread: Option<JoinHandle<Box<dyn PageSender>>>,
 }
 
 impl Lanes {
@@ -154,18 +152,14 @@ impl Lanes {
             };
             let report = sender.clone();
             let clock = Arc::clone(&cpu);
-            let thread = std::thread::Builder::new()
+            std::thread::Builder::new()
                 .name(format!("page-lane-{index}"))
                 .spawn(move || body.run(&inbox, &report, &clock))
                 .map_err(|source| MigrationError::Host {
                     what: "a thread",
                     source,
                 })?;
-            workers.push(Worker {
-                jobs,
-                cpu,
-                thread: Some(thread),
-            });
+            workers.push(Worker { jobs, cpu });
         }
         Ok(Self {
             active: workers.len(),
@@ -268,24 +262,6 @@ impl Lanes {
             .map(|worker| worker.cpu.load(Ordering::Relaxed) as f64 / 1e6)
             .sum()
     }
-
-    /// Takes the lanes out of their threads' hands, idle and whole, for what comes after rounds.
-    #[expect(dead_code, reason = "post-copy goes on with the lanes")]
-    pub(super) fn into_lanes(mut self) -> Vec<Box<dyn PageSender>> {
-        let workers = std::mem::take(&mut self.workers);
-        let threads = workers.into_iter().filter_map(|worker| {
-            drop(worker.jobs);
-            worker.thread
-        });
-        threads.filter_map(|thread| thread.join().ok()).collect()
-    }
-}
-
-impl Drop for Lanes {
-    /// The threads end by themselves: with their channel, or with their lane.
-    fn drop(&mut self) {
-        self.workers.clear();
-    }
 }
 
 fn lane_thread_lost() -> MigrationError {
@@ -334,12 +310,7 @@ struct Body {
 }
 
 impl Body {
-    fn run(
-        mut self,
-        inbox: &Receiver<Arc<Work>>,
-        report: &Sender<Done>,
-        cpu: &AtomicU64,
-    ) -> Box<dyn PageSender> {
+    fn run(mut self, inbox: &Receiver<Arc<Work>>, report: &Sender<Done>, cpu: &AtomicU64) {
         while let Ok(work) = inbox.recv() {
             self.moved = Instant::now();
             let mut counts = Counts::default();
@@ -354,7 +325,6 @@ impl Body {
                 break;
             }
         }
-        self.lane
     }
 
     fn round(&mut self, work: &Work, counts: &mut Counts) -> Result<(), MigrationError> {
