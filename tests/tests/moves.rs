@@ -189,7 +189,7 @@ fn a_destination_that_is_killed_leaves_the_guest_running_at_the_source() {
         let mut command = bed.hosts[0].command(&["migrate", VM, "--to", &target]);
         let mut migrate = process::Guard::spawn(
             command
-                .args(["--bandwidth", "100M", "--json"])
+                .args(["--bandwidth", "100M", "--compress", "off", "--json"])
                 .stdout(Stdio::null())
                 .stderr(Stdio::null()),
         )

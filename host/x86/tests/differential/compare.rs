@@ -152,7 +152,13 @@ fn same_end(instruction: &Instruction, native: &End, software: &End) -> bool {
             | MemorySize::Fxsave_512Byte
             | MemorySize::Fxsave64_512Byte
     );
-    let ignored = if whole_page { 0xfff } else { 0 };
+    // Two operands in the same missing page, one of them by its second half only: no manual says
+    // which is read first, and processors differ.
+    let two_operands = matches!(
+        instruction.mnemonic(),
+        Mnemonic::Cmpsb | Mnemonic::Cmpsw | Mnemonic::Cmpsd | Mnemonic::Cmpsq
+    );
+    let ignored = if whole_page || two_operands { 0xfff } else { 0 };
     match (native, software) {
         (
             End::Fault {
