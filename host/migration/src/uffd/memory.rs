@@ -65,6 +65,9 @@ impl FaultingMemory {
             if !raw::ioctl(self.uffd.fd(), raw::IOC_UNREGISTER, &mut argument) {
                 return Err(UffdError::last("let go of guest memory"));
             }
+            // The kernel does so by itself for those who wait at a hole, not for writers. From
+            // here on nobody begins to wait.
+            self.wake(&extent);
         }
         Ok(())
     }
@@ -150,7 +153,9 @@ impl FaultingMemory {
                     filled += pages;
                 }
                 Filled::Exists => {
-                    self.wake(&extent);
+                    let pages = 1;
+                    let address = extent.address;
+                    self.wake(&Extent { address, pages });
                     done += 1;
                 }
                 // The kernel is changing the mapping.
@@ -198,11 +203,11 @@ impl FaultingMemory {
         }
     }
 
-    /// Wakes who waits at the first page of an extent.
+    /// Wakes who waits in an extent.
     fn wake(&self, extent: &Extent) {
         let mut argument = raw::Range {
             start: extent.address,
-            len: PAGE_SIZE,
+            len: extent.pages * PAGE_SIZE,
         };
         if !raw::ioctl(self.uffd.fd(), raw::IOC_WAKE, &mut argument) {
             let error = io::Error::last_os_error();

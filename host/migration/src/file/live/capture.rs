@@ -308,8 +308,9 @@ impl Capture {
         Ok(())
     }
 
-    /// Copies what somebody waits to write. Who waits in a group that was copied before has been
-    /// woken already.
+    /// Copies what somebody waits to write. Who began to wait while the group was opened was
+    /// perhaps not woken with the others: a page without an entry in the page table looks to the
+    /// kernel like one that has to be waited for.
     fn serve(&mut self, address: usize, holes: &mut Extents<'_>) -> Result<(), SnapshotError> {
         let Some(page) = self.watched.page_at(address) else {
             tracing::warn!("a fault lies outside of guest memory");
@@ -317,6 +318,8 @@ impl Capture {
         };
         let group = (page.0 / GROUP) as usize;
         if self.todo.get(group) != Some(&true) {
+            let (first, pages) = pages_of(&self.watched, group as u64);
+            self.watched.allow_writes(first, pages)?;
             return Ok(());
         }
         self.held += 1;
