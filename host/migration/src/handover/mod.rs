@@ -31,7 +31,7 @@
 //!
 //! Everything that takes long is done before the pause. What can wait until the guest runs, such as
 //! the console's history, follows as [`Leftovers`](crate::protocol::message::Leftovers).
-//! `docs/adr/0008-hand-over-on-one-host.md` has the reasons.
+//! `docs/adr/0006-hand-over-on-one-host.md` has the reasons.
 
 mod destination;
 mod source;

@@ -42,7 +42,7 @@
 //! `Running`: then neither side has a whole guest until `Complete`, and if either is lost the guest
 //! is. Both say so; the source keeps its memory, paused, and never resumes by itself.
 //!
-//! `docs/adr/0010-post-copy.md` has what was considered instead.
+//! `docs/adr/0008-post-copy.md` has what was considered instead.
 
 mod follow;
 mod inflow;
