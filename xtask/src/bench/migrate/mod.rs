@@ -31,7 +31,7 @@ use dunlin_testbed::{hosts, process};
 /// Arguments of `cargo xtask bench migrate`.
 #[derive(Debug, Args)]
 pub(crate) struct MigrateArguments {
-    /// Few runs of small guests, in less than five minutes
+    /// Few runs of small guests
     #[arg(long)]
     quick: bool,
     /// Only the groups that make these rows
