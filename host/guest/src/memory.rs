@@ -5,9 +5,11 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::thread;
 
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion, mmap::MmapRegionBuilder,
@@ -124,17 +126,41 @@ impl Memory {
     pub fn map_resident(&self) -> io::Result<u64> {
         let mut resident = 0;
         for region in self.regions.iter() {
-            let end = region.ram.offset + region.ram.size;
-            let mut at = region.ram.offset;
-            while let Some((start, stop)) = next_data(&self.file, at, end)? {
-                let within = (start - region.ram.offset) as usize;
-                let length = (stop - start) as usize;
-                populate(region.mapping.as_ptr().wrapping_add(within), length)?;
-                resident += stop - start;
-                at = stop;
+            let start = region.mapping.as_ptr();
+            for (offset, length) in pieces(region.ram.size as usize) {
+                let at = start.wrapping_add(offset);
+                for run in resident_runs(at, length)? {
+                    resident += run.len() as u64;
+                    match advise(
+                        at.wrapping_add(run.start),
+                        run.len(),
+                        libc::MADV_POPULATE_WRITE,
+                    ) {
+                        // A kernel before 5.14: the pages are mapped when they are touched.
+                        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+                        advised => advised?,
+                    }
+                }
+                thread::yield_now();
             }
         }
         Ok(resident)
+    }
+
+    /// Takes all pages out of this process's page tables. They stay in the file, and whoever
+    /// touches one has it mapped again: what is left to do when the process ends is short.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn unmap_pages(&self) -> io::Result<()> {
+        for region in self.regions.iter() {
+            let start = region.mapping.as_ptr();
+            for (offset, length) in pieces(region.ram.size as usize) {
+                advise(start.wrapping_add(offset), length, libc::MADV_DONTNEED)?;
+                thread::yield_now();
+            }
+        }
+        Ok(())
     }
 
     fn map(file: File, size: u64, regions: &[RamRegion]) -> Result<Self, MemoryError> {
@@ -336,57 +362,55 @@ fn seals(file: &File) -> io::Result<libc::c_int> {
     Ok(seals)
 }
 
-/// The next stretch of whole pages with content in `from..end` of the file.
-fn next_data(file: &File, from: u64, end: u64) -> io::Result<Option<(u64, u64)>> {
-    let seek = |at: u64, whence| {
-        // SAFETY: the call takes an open descriptor and integers. Nobody uses the file's position.
-        #[expect(unsafe_code, reason = "std does not look for holes")]
-        let found = unsafe { libc::lseek(file.as_raw_fd(), at as libc::off_t, whence) };
-        match found {
-            0.. => Ok(Some(found as u64)),
-            _ => match io::Error::last_os_error() {
-                error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
-                error => Err(error),
-            },
-        }
-    };
-    if from >= end {
-        return Ok(None);
-    }
-    let Some(start) = seek(from, libc::SEEK_DATA)?.filter(|start| *start < end) else {
-        return Ok(None);
-    };
-    let stop = seek(start, libc::SEEK_HOLE)?.unwrap_or(end).min(end);
-    // A hole that somebody has filled meanwhile: go on behind the first page.
-    let stop = stop.max(start + PAGE_SIZE).min(end);
-    Ok(Some((start & !(PAGE_SIZE - 1), stop)))
+/// Pieces of a mapping, offset and length, each of which takes the kernel a fraction of a
+/// millisecond: who works on memory piece by piece and yields between them holds no lock for long,
+/// and leaves the processor to those who want it, a guest above all.
+fn pieces(size: usize) -> impl Iterator<Item = (usize, usize)> {
+    const PIECE: usize = 1 << 20;
+    (0..size)
+        .step_by(PIECE)
+        .map(move |offset| (offset, PIECE.min(size - offset)))
 }
 
-/// Fills the page tables of part of a mapping, in pieces, so that no lock is held for long.
-fn populate(start: *mut u8, length: usize) -> io::Result<()> {
-    const PIECE: usize = 16 << 20;
-    let mut done = 0;
-    while done < length {
-        let piece = PIECE.min(length - done);
-        // SAFETY: the range lies in a mapping that the caller keeps alive; the advice changes no
-        // byte of it.
-        #[expect(unsafe_code, reason = "madvise has no safe wrapper in std")]
-        let result = unsafe {
-            let at = start.wrapping_add(done).cast();
-            libc::madvise(at, piece, libc::MADV_POPULATE_WRITE)
-        };
-        if result < 0 {
-            let error = io::Error::last_os_error();
-            match error.raw_os_error() {
-                Some(libc::EINTR | libc::EAGAIN) => continue,
-                // A kernel before 5.14: the pages are mapped when they are touched.
-                Some(libc::EINVAL) => return Ok(()),
-                _ => return Err(error),
-            }
-        }
-        done += piece;
+/// The ranges of bytes, from `start`, whose pages the file has in memory. (`SEEK_HOLE` would tell
+/// the same, but of a full file only after it looked at all of it.)
+fn resident_runs(start: *mut u8, length: usize) -> io::Result<Vec<Range<usize>>> {
+    const PAGE: usize = PAGE_SIZE as usize;
+    let mut pages = vec![0u8; length.div_ceil(PAGE)];
+    // SAFETY: the vector has a byte for each page of the range, which lies in a mapping that the
+    // caller keeps alive.
+    #[expect(unsafe_code, reason = "mincore has no safe wrapper in std")]
+    let result = unsafe { libc::mincore(start.cast(), length, pages.as_mut_ptr()) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
     }
-    Ok(())
+    let mut at = 0;
+    let mut runs = Vec::new();
+    for run in pages.chunk_by(|a, b| a & 1 == b & 1) {
+        let end = at + run.len() * PAGE;
+        if run[0] & 1 == 1 {
+            runs.push(at..end.min(length));
+        }
+        at = end;
+    }
+    Ok(runs)
+}
+
+/// Advises the kernel about page tables of part of a shared mapping.
+fn advise(start: *mut u8, length: usize, advice: libc::c_int) -> io::Result<()> {
+    loop {
+        // SAFETY: the range lies in a shared mapping of a file that the caller keeps alive; the
+        // advices that are given change page tables and no byte of it.
+        #[expect(unsafe_code, reason = "madvise has no safe wrapper in std")]
+        let result = unsafe { libc::madvise(start.cast(), length, advice) };
+        if result == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if !matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) {
+            return Err(error);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -463,6 +487,7 @@ mod tests {
         first.write_page(PageIndex(1000), &page);
         let second = Memory::from_file(first.file().try_clone().unwrap(), 4 << 20).unwrap();
         assert_eq!(second.map_resident().unwrap(), 2 * PAGE_SIZE);
+        second.unmap_pages().unwrap();
         let mut back = [0u8; 4096];
         second.read_page(PageIndex(1000), &mut back);
         assert_eq!(back, page);

@@ -22,6 +22,7 @@ mod options;
 pub mod ownership;
 mod pages;
 pub mod postcopy;
+mod priority;
 pub mod protocol;
 mod report;
 mod source;
@@ -38,6 +39,7 @@ pub use options::{
 };
 pub use ownership::Doubt;
 pub use postcopy::{Following, Standing};
+pub use priority::step_back;
 pub use report::{
     DestinationReport, MigrationReport, Outcome, PostCopyReport, RoundKind, RoundReport,
     SwitchOverReport,

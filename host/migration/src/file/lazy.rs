@@ -28,12 +28,11 @@ use super::reader::{Buffer, Opened, Snapshot, hash_of};
 use super::table::{EXTENT_PAGES, Extent, Found};
 use super::{check_ram, restore_opened};
 use crate::machine::{DestinationMachine, MachineError};
+use crate::priority;
 use crate::uffd::{FaultingMemory, Userfaultfd};
 
 /// Longest wait for a fault without a look at whether all is there.
 const SLICE: Duration = Duration::from_secs(1);
-/// How nice the thread is that reads what nobody waits for.
-const NICE: libc::c_int = 10;
 
 /// Told when all pages are there, or why they never will be. The guest must not run on then.
 pub type OnEnd = Box<dyn FnOnce(Result<(), SnapshotError>) + Send>;
@@ -258,7 +257,7 @@ impl Inner {
 
     /// Brings in everything, unless it is told to end before.
     fn fill(&self) {
-        be_nice();
+        priority::step_back();
         match self.place_all() {
             Ok(true) => self.done(),
             Ok(false) => {}
@@ -318,16 +317,5 @@ impl Inner {
             // Letting go fails what is under way.
             State::Running | State::Refused(_) | State::Done | State::Broken => {}
         }
-    }
-}
-
-/// Others come first: this thread reads what nobody waits for.
-fn be_nice() {
-    // SAFETY: the calls take plain integers; 0 is the calling thread.
-    #[expect(unsafe_code, reason = "setpriority has no safe wrapper in std")]
-    let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };
-    if result != 0 {
-        let error = std::io::Error::last_os_error();
-        tracing::debug!(%error, "the thread that reads ahead has normal priority");
     }
 }

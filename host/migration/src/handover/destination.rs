@@ -1,10 +1,11 @@
 //! The process that the guest is handed to.
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
+use std::thread;
 use std::time::{Duration, Instant};
 
-use dunlin_guest::PageSet;
+use dunlin_guest::{Memory, PageSet};
 
 use super::{Descriptors, Leftovers, STARTED};
 use crate::destination::custody::Ledger;
@@ -14,6 +15,7 @@ use crate::error::MigrationError;
 use crate::machine::{DestinationMachine, MachineError};
 use crate::options::DestinationOptions;
 use crate::pages;
+use crate::priority::step_back;
 use crate::protocol::message::{Configuration, Prepared, Ready, Running, States};
 use crate::protocol::{Kind, Message, ProtocolError, Purpose, Token};
 use crate::report::DestinationReport;
@@ -284,11 +286,25 @@ fn build_machine<M: DestinationMachine>(
     let machine = build(&configuration.machine, descriptors)?;
     check_ram(machine.memory(), configuration)?;
     check_untouched(&machine)?;
-    if let Err(error) = machine.memory().map_resident() {
+    if let Err(error) = map_resident(machine.memory()) {
         // The guest is slower for a while, no more.
         tracing::warn!(%error, "memory is mapped as the guest touches it");
     }
     Ok(machine)
+}
+
+/// The guest runs in the old process meanwhile, perhaps on the same processor: what takes the
+/// time steps back behind it, on a thread of its own, since priority once given away is gone.
+fn map_resident(memory: &Memory) -> io::Result<u64> {
+    thread::scope(|scope| {
+        let work = || {
+            step_back();
+            memory.map_resident()
+        };
+        let thread = thread::Builder::new().name("map-memory".into());
+        let mapped = thread.spawn_scoped(scope, work)?.join();
+        mapped.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 /// The guest may run on in the old process at any moment: its memory is not ours yet.

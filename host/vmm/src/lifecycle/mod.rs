@@ -328,6 +328,11 @@ impl Lifecycle {
         status.reason = Some(ending.describe());
         if let Ending::HandedOver(pid) = ending {
             status.successor = Some(pid);
+            // What is left is to let go of memory, on processors that the guest may need.
+            dunlin_migration::step_back();
+            if let Err(error) = self.machine.memory().unmap_pages() {
+                tracing::debug!(%error, "memory is let go at once");
+            }
         }
         if lost {
             // Its threads may wait for memory, and cannot be waited for: they end with the process.
