@@ -438,6 +438,12 @@ impl Connection {
 mod tests {
     use super::*;
 
+    /// Says all of it, or as much as a proxy that cuts the connection takes.
+    fn speak(stream: &mut TcpStream, words: &[u8]) {
+        let said = stream.write_all(words);
+        let _cut = said.and_then(|()| stream.shutdown(Shutdown::Write));
+    }
+
     /// A conversation of one frame each way through a proxy; what arrives on each side.
     fn conversation(fault: Option<Fault>) -> (Vec<u8>, Vec<u8>, Trace) {
         let destination = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
@@ -451,15 +457,13 @@ mod tests {
         let said = words.clone();
         let other = std::thread::spawn(move || {
             let (mut stream, _) = destination.accept().unwrap();
-            stream.write_all(&said).unwrap();
-            stream.shutdown(Shutdown::Write).unwrap();
+            speak(&mut stream, &said);
             let mut heard = Vec::new();
             let _ = stream.read_to_end(&mut heard);
             heard
         });
         let mut stream = TcpStream::connect(proxy.address()).unwrap();
-        stream.write_all(&words).unwrap();
-        stream.shutdown(Shutdown::Write).unwrap();
+        speak(&mut stream, &words);
         let mut heard = Vec::new();
         let _ = stream.read_to_end(&mut heard);
         (other.join().unwrap(), heard, proxy.trace())
