@@ -95,7 +95,8 @@ pub struct ExitCounts {
 /// Exits of each processor, and what follows from two looks at them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ExitReport {
-    /// Per virtual processor.
+    /// Per virtual processor; none while memory is still arriving from another host, for which a
+    /// processor may wait without an answer.
     pub cpus: Vec<ExitCounts>,
     /// Length of the look, in milliseconds.
     pub interval_ms: u64,

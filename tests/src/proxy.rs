@@ -67,6 +67,14 @@ impl Harm {
         Self::KillSource,
         Self::KillDestination,
     ];
+
+    /// Does what it strikes arrive, whole?
+    fn lets_pass(self) -> bool {
+        matches!(
+            self,
+            Self::CutBehind | Self::KillSource | Self::KillDestination
+        )
+    }
 }
 
 /// Where it happens.
@@ -104,8 +112,10 @@ pub struct Fault {
 /// What passed.
 #[derive(Debug, Clone, Default)]
 pub struct Trace {
-    /// Frames of control connections, by way and kind.
+    /// Frames of control connections that came, by way and kind.
     pub frames: BTreeMap<(Way, u16), u64>,
+    /// Those of them that were handed on unharmed.
+    pub passed: BTreeMap<(Way, u16), u64>,
     /// Bytes of other connections, to the destination and to the source.
     pub others: Vec<[u64; 2]>,
 }
@@ -250,6 +260,11 @@ impl Shared {
         }
     }
 
+    /// A frame is handed on.
+    fn passes(&self, way: Way, frame: u16) {
+        *lock(&self.trace).passed.entry((way, frame)).or_default() += 1;
+    }
+
     /// The harm to do within these bytes, and where in them.
     fn at_bytes(&self, connection: usize, at: Way, length: usize) -> Option<(Harm, usize)> {
         let mut trace = lock(&self.trace);
@@ -356,7 +371,11 @@ impl Connection {
             if self.stalled.load(Ordering::SeqCst) {
                 return Ok(End::Stalled);
             }
-            let Some(harm) = self.shared.at_frame(way, kind) else {
+            let harm = self.shared.at_frame(way, kind);
+            if harm.is_none_or(Harm::lets_pass) {
+                self.shared.passes(way, kind);
+            }
+            let Some(harm) = harm else {
                 to.write_all(&frame)?;
                 continue;
             };
@@ -483,6 +502,10 @@ mod tests {
         let (there, _, trace) = conversation(None);
         assert_eq!(there[PREAMBLE + HEADER..], *b"abc");
         assert_eq!(trace.frames[&(Way::ToDestination, 7)], 1);
+        assert_eq!(trace.passed, trace.frames);
+        let (.., trace) = conversation(fault(Harm::Cut));
+        assert_eq!(trace.frames[&(Way::ToDestination, 7)], 1);
+        assert!(!trace.passed.contains_key(&(Way::ToDestination, 7)));
     }
 
     #[test]

@@ -226,7 +226,7 @@ fn attempt(plan: &Plan, mode: &'static str, fault: Option<Fault>) -> anyhow::Res
     });
     let proxy = Proxy::new(target, fault, kill)?;
     let mut scene = Scene { mover, mode, fault };
-    let ended = scene.play(proxy.address());
+    let ended = scene.play(&proxy);
     Ok(Attempt {
         ended,
         trace: proxy.trace(),
@@ -262,12 +262,16 @@ struct Life {
     destination: bool,
 }
 
+/// The frames that decide: the source gives the guest away, the destination runs it.
+const COMMIT: (Way, u16) = (Way::ToDestination, 12);
+const RUNNING: (Way, u16) = (Way::ToSource, 13);
+
 const SOURCE: usize = 0;
 const DESTINATION: usize = 1;
 
 impl Scene {
-    fn play(&mut self, proxy: SocketAddrV4) -> anyhow::Result<Verdict> {
-        let said = self.migrate(proxy)?;
+    fn play(&mut self, proxy: &Proxy) -> anyhow::Result<Verdict> {
+        let said = self.migrate(proxy.address())?;
         let life = self.settle()?;
         match life {
             Life {
@@ -288,7 +292,7 @@ impl Scene {
                 self.whole(&[SOURCE])?;
                 Ok(Verdict::Stayed)
             }
-            _ => self.nobody_lives(&said),
+            _ => self.nobody_lives(&said, &proxy.trace()),
         }
     }
 
@@ -379,7 +383,7 @@ impl Scene {
     }
 
     /// No guest ticks: it must be in doubt, or its host was killed and that was said.
-    fn nobody_lives(&mut self, said: &str) -> anyhow::Result<Verdict> {
+    fn nobody_lives(&mut self, said: &str, trace: &Trace) -> anyhow::Result<Verdict> {
         let harm = self.harm();
         if harm == Some(Harm::KillSource) && self.lacks_memory() {
             return Ok(Verdict::LacksMemory);
@@ -406,15 +410,21 @@ impl Scene {
         }
         let log = self.mover.other().log(&format!("{NAME}-incoming"));
         let heard = std::fs::read_to_string(log).unwrap_or_default();
+        let (committed, runs) = (
+            trace.passed.contains_key(&COMMIT),
+            trace.passed.contains_key(&RUNNING),
+        );
         match harm {
-            Some(Harm::KillSource) if said.contains("error") && !heard.is_empty() => {
+            // Told to run the guest, the destination has to, whatever becomes of the source.
+            Some(Harm::KillSource) if !committed && said.contains("error") && !heard.is_empty() => {
                 Ok(Verdict::LostWithHost)
             }
-            // The source has ended after all went well, or says that the guest was given away.
+            // The source has ended after it was told that all went well, or says that the guest was
+            // given away.
             Some(Harm::KillDestination)
                 if at_source
                     .as_ref()
-                    .map_or(true, |status| status["migration"]["phase"] == "lost") =>
+                    .map_or(runs, |status| status["migration"]["phase"] == "lost") =>
             {
                 Ok(Verdict::LostWithHost)
             }

@@ -111,6 +111,9 @@ fn describe_restore(restore: &RestoreReport) -> String {
 }
 
 fn describe_exits(report: &ExitReport) -> String {
+    if report.cpus.is_empty() {
+        return "exits: not counted while memory is arriving\n".to_owned();
+    }
     let sum = |pick: fn(&dunlin_api::status::ExitCounts) -> u64| {
         report.cpus.iter().map(pick).sum::<u64>().to_string()
     };

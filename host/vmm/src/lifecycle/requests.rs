@@ -368,7 +368,10 @@ impl Lifecycle {
     pub(super) fn begin_look(&mut self) -> Result<(), ApiError> {
         self.not_looked_at()?;
         self.drop_look();
-        let dirty = self.phase == Phase::Running && self.moving.is_none();
+        // A processor that waits for a page of another host answers when that comes, and so does
+        // the kernel when it is asked to track writes: nobody may wait for either.
+        let arriving = self.following.is_some();
+        let dirty = self.phase == Phase::Running && self.moving.is_none() && !arriving;
         if dirty {
             self.machine
                 .vm()
@@ -378,15 +381,20 @@ impl Lifecycle {
         }
         self.look = Some(Look {
             since: Instant::now(),
-            exits: self.machine.exits().map_err(|error| host(&error))?,
+            exits: if arriving { Vec::new() } else { self.exits()? },
             dirty,
         });
         Ok(())
     }
 
+    fn exits(&self) -> Result<Vec<ExitCounts>, ApiError> {
+        self.machine.exits().map_err(|error| host(&error))
+    }
+
     pub(super) fn end_look(&mut self) -> Result<ExitReport, ApiError> {
-        let cpus = self.machine.exits().map_err(|error| host(&error))?;
-        let look = self.look.take();
+        let look = self.look.take().filter(|look| !look.exits.is_empty());
+        let arriving = self.following.is_some();
+        let cpus = if arriving { Vec::new() } else { self.exits()? };
         let Some(look) = look else {
             return Ok(ExitReport {
                 cpus,
