@@ -252,7 +252,8 @@ pub trait PageSender: Send {
     /// Gives back a buffer that is not needed after all.
     fn recycle(&mut self, buffer: Buffer);
 
-    /// Posts a write of the filled part of `from`, cut into `to` in order. The lane owns the
+    /// Posts a write of the filled part of `from`, cut into `to` in order: each place within one
+    /// granted window, no byte in two of them. The lane owns the
     /// buffer until the completion. When the deadline strikes in the middle of the write, the lane
     /// keeps the rest and goes on with it in the next call: after `TimedOut` the write *is* posted
     /// ([`Ticket::ALL`] stands for it).
@@ -282,7 +283,8 @@ pub trait PageSender: Send {
     /// [`LaneError::TimedOut`] when they are not complete until `deadline`.
     fn complete(&mut self, ticket: Ticket, deadline: Instant) -> Result<(), LaneError>;
 
-    /// Bytes posted so far, with what the lane adds.
+    /// Bytes that have left so far, with what the lane adds: they grow as long as the peer takes
+    /// any.
     fn bytes_sent(&self) -> u64;
 
     /// Ends the lane; the peer sees [`LaneError::Closed`] after what is complete by now. Operations

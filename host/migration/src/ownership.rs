@@ -26,8 +26,8 @@
 //!    (the move is complete), or *relinquished* (the source resumes, the guest is whole, since it
 //!    was paused all the time).
 //! 3. A destination that is *dead* answers nothing, and runs nothing. Where the source can know
-//!    that ([`crate::transport::Fencing`]: a process on the same machine, held by a descriptor; a
-//!    loopback address that refuses connections), it resumes. What the guest may have done
+//!    that ([`crate::transport::Fencing`]: a process on the same machine, held by a descriptor),
+//!    it resumes. What the guest may have done
 //!    between its start there and that death is lost, as with any host that dies.
 //! 4. Where it cannot know, the guest stays paused at the source, and the move ends as
 //!    [`crate::Whereabouts::InDoubt`] with what is needed to ask again ([`Doubt`]). A person, or a

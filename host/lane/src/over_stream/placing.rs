@@ -55,6 +55,9 @@ impl Placing {
                 self.slices.push(slice);
             }
         }
+        if overlap(table) {
+            return Err("a write has two places for the same byte".to_owned());
+        }
         if self.left != header.payload as usize {
             return Err(format!(
                 "a write of {} bytes has places for {}",
@@ -123,6 +126,23 @@ impl Placing {
             Err("the checksum of a write does not fit".to_owned())
         }
     }
+}
+
+/// Does any byte have two places? What it became would depend on how the stream is cut into reads.
+fn overlap(table: &[u8]) -> bool {
+    let ranges = || placements(table).map(|place| (place.target, u64::from(place.length)));
+    let mut reached = 0;
+    let ascending = ranges().all(|(target, length)| {
+        let behind = target >= reached;
+        reached = target.saturating_add(length);
+        behind
+    });
+    if ascending {
+        return false;
+    }
+    let mut sorted: Vec<_> = ranges().filter(|range| range.1 > 0).collect();
+    sorted.sort_unstable();
+    !sorted.is_sorted_by(|before, next| before.0.saturating_add(before.1) <= next.0)
 }
 
 /// Takes what was placed into the checksum. It is copied out first: no reference may go into a

@@ -78,7 +78,6 @@ impl StreamSender {
     fn post(&mut self, operation: Operation) -> Ticket {
         let ticket = Ticket(self.sequence);
         self.sequence += 1;
-        self.bytes += operation.left() as u64;
         self.backlog.push_back(operation);
         ticket
     }
@@ -93,7 +92,10 @@ impl StreamSender {
         {
             while first.left() > 0 {
                 match self.transport.write(&first.rest(), deadline) {
-                    Ok(count) => first.sent += count,
+                    Ok(count) => {
+                        first.sent += count;
+                        self.bytes += count as u64;
+                    }
                     Err(error) => {
                         let error = lane_error(error);
                         self.broken = !matches!(error, LaneError::TimedOut { .. });

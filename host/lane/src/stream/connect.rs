@@ -4,12 +4,18 @@ use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::time::Instant;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::{
     DescriptorTransport, Fencing, PeerProcess, SocketTransport, Transport, TransportError,
 };
+
+/// Between two attempts at a listener whose queue is full.
+const RETRY: Duration = Duration::from_millis(5);
 
 /// Reaches one destination. The source connects once to move, and again to ask who owns the
 /// guest when the first connection broke at the hand-over.
@@ -20,6 +26,10 @@ pub trait Connector: Fencing {
     /// [`TransportError::Connect`] when none comes about before the deadline.
     fn connect(&mut self, deadline: Instant) -> Result<Box<dyn Transport>, TransportError>;
 
+    /// The destination has said that it is this process of this host: its death can be known.
+    /// Who answers at the address proves nothing: it may pass all on to another host.
+    fn watch(&mut self, process: PeerProcess);
+
     /// The transport's name in reports: `tcp`, `unix`.
     fn transport(&self) -> &'static str;
 }
@@ -29,8 +39,6 @@ pub trait Connector: Fencing {
 pub struct TcpConnector {
     address: SocketAddr,
     process: Option<PeerProcess>,
-    connected: bool,
-    refused: bool,
 }
 
 impl TcpConnector {
@@ -39,8 +47,6 @@ impl TcpConnector {
         Self {
             address,
             process: None,
-            connected: false,
-            refused: false,
         }
     }
 
@@ -53,14 +59,10 @@ impl TcpConnector {
 }
 
 impl Fencing for TcpConnector {
-    /// Without a process to watch, only a loopback address gives certainty: a destination keeps
-    /// its listening socket until the hand-over is settled, and a loopback connection is refused
-    /// by this very kernel, which then has no such socket any more.
+    /// Only a process that is watched gives certainty. A refused connection does not, not even on
+    /// a loopback address: a tunnel may have listened there.
     fn peer_is_dead(&self) -> Option<bool> {
-        if let Some(process) = &self.process {
-            return process.peer_is_dead();
-        }
-        (self.address.ip().is_loopback() && self.connected && self.refused).then_some(true)
+        self.process.as_ref()?.peer_is_dead()
     }
 }
 
@@ -75,10 +77,12 @@ impl Connector for TcpConnector {
             return Err(failed(io::ErrorKind::TimedOut.into()));
         }
         let stream = TcpStream::connect_timeout(&self.address, left);
-        self.refused = matches!(&stream, Err(e) if e.kind() == io::ErrorKind::ConnectionRefused);
-        self.connected |= stream.is_ok();
         let transport = stream.and_then(SocketTransport::tcp).map_err(failed)?;
         Ok(Box::new(transport))
+    }
+
+    fn watch(&mut self, process: PeerProcess) {
+        self.process.get_or_insert(process);
     }
 
     fn transport(&self) -> &'static str {
@@ -120,21 +124,22 @@ impl UnixConnector {
 }
 
 impl Fencing for UnixConnector {
-    /// The kernel said at the first connection which process listens.
+    /// Where descriptors are carried the kernel said at the first connection which process
+    /// listens, and nobody can stand in between.
     fn peer_is_dead(&self) -> Option<bool> {
         self.process.as_ref()?.peer_is_dead()
     }
 }
 
 impl Connector for UnixConnector {
-    fn connect(&mut self, _deadline: Instant) -> Result<Box<dyn Transport>, TransportError> {
+    fn connect(&mut self, deadline: Instant) -> Result<Box<dyn Transport>, TransportError> {
         let name = self.path.display().to_string();
         let failed = |source| TransportError::Connect {
             peer: name.clone(),
             source,
         };
-        let stream = UnixStream::connect(&self.path).map_err(failed)?;
-        if self.process.is_none() {
+        let stream = connect_unix(&self.path, deadline).map_err(failed)?;
+        if self.descriptors && self.process.is_none() {
             self.process = peer_pid(&stream).and_then(|pid| PeerProcess::open(pid).ok());
         }
         Ok(if self.descriptors {
@@ -144,8 +149,33 @@ impl Connector for UnixConnector {
         })
     }
 
+    fn watch(&mut self, process: PeerProcess) {
+        self.process.get_or_insert(process);
+    }
+
     fn transport(&self) -> &'static str {
         "unix"
+    }
+}
+
+/// Connects, and waits until the deadline for a listener whose queue is full.
+fn connect_unix(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
+    let address = SocketAddrUnix::new(path)?;
+    loop {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        match net::connect(&socket, &address) {
+            Ok(()) => {
+                let stream = UnixStream::from(socket);
+                stream.set_nonblocking(false)?;
+                return Ok(stream);
+            }
+            Err(Errno::AGAIN | Errno::INTR) if Instant::now() < deadline => {
+                std::thread::sleep(RETRY);
+            }
+            Err(Errno::AGAIN) => return Err(io::ErrorKind::TimedOut.into()),
+            Err(error) => return Err(error.into()),
+        }
     }
 }
 
@@ -169,4 +199,50 @@ fn peer_pid(stream: &UnixStream) -> Option<u32> {
         )
     };
     (result == 0 && credentials.pid > 0).then_some(credentials.pid as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, TcpListener};
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_millis(200)
+    }
+
+    #[test]
+    fn a_loopback_address_that_refuses_proves_no_death() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let mut connector = TcpConnector::new(listener.local_addr().unwrap());
+        drop(connector.connect(soon()).unwrap());
+        drop(listener);
+        assert!(connector.connect(soon()).is_err());
+        assert_eq!(connector.peer_is_dead(), None);
+    }
+
+    #[test]
+    fn a_listener_whose_queue_is_full_is_waited_for_until_the_deadline() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("door");
+        let flags = SocketFlags::CLOEXEC;
+        let listener =
+            net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
+        net::bind(listener.as_fd(), &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        net::listen(&listener, 0).unwrap();
+        let mut connector = UnixConnector::new(&path);
+        let mut waiting = Vec::new();
+        let error = loop {
+            match connector.connect(soon()) {
+                Ok(transport) => waiting.push(transport),
+                Err(error) => break error,
+            }
+        };
+        assert!(waiting.len() < 8, "{} wait", waiting.len());
+        let TransportError::Connect { source, .. } = error else {
+            panic!("{error}");
+        };
+        assert_eq!(source.kind(), io::ErrorKind::TimedOut);
+    }
 }

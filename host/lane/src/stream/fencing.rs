@@ -1,7 +1,9 @@
 //! Knowing that a peer does not run.
 
+use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::time::Instant;
 
 use super::socket;
@@ -38,10 +40,103 @@ impl PeerProcess {
         };
         Ok(Self { pidfd })
     }
+
+    /// The process that has this identity, if it runs where this one does: under the same kernel,
+    /// in the same namespace of process ids.
+    pub fn identified(identity: &ProcessIdentity) -> Option<Self> {
+        let here = ProcessIdentity::of("self")?;
+        if (&here.boot, here.namespace) != (&identity.boot, identity.namespace) {
+            return None;
+        }
+        // Held first: what is looked at then is what is held, or it has ended.
+        let process = Self::open(identity.pid).ok()?;
+        let found = ProcessIdentity::of(&identity.pid.to_string())?;
+        (found == *identity).then_some(process)
+    }
+}
+
+/// Names a process among all that run on any host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProcessIdentity {
+    /// The kernel's run: its `boot_id`.
+    pub boot: String,
+    /// The inode of its namespace of process ids.
+    pub namespace: u64,
+    /// Its id in there.
+    pub pid: u32,
+    /// When it began, in clock ticks since the kernel did.
+    pub started: u64,
+}
+
+impl ProcessIdentity {
+    /// This process; `None` where `/proc` does not tell.
+    pub fn own() -> Option<Self> {
+        Self::of("self")
+    }
+
+    /// As proc(5) tells of a process.
+    fn of(process: &str) -> Option<Self> {
+        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+        let namespace = fs::metadata(format!("/proc/{process}/ns/pid")).ok()?.ino();
+        let stat = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+        let pid = stat.split(' ').next()?.parse().ok()?;
+        // The name in parentheses may hold anything; the start is the 20th field behind it.
+        let started = stat.rsplit_once(')')?.1.split_whitespace().nth(19)?;
+        Some(Self {
+            boot: boot.trim().to_owned(),
+            namespace,
+            pid,
+            started: started.parse().ok()?,
+        })
+    }
 }
 
 impl Fencing for PeerProcess {
     fn peer_is_dead(&self) -> Option<bool> {
         socket::wait(self.pidfd.as_raw_fd(), libc::POLLIN, Instant::now()).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn a_process_is_known_by_its_identity_until_it_dies() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let identity = ProcessIdentity::of(&child.id().to_string()).unwrap();
+        let process = PeerProcess::identified(&identity).unwrap();
+        assert_eq!(process.peer_is_dead(), Some(false));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(process.peer_is_dead(), Some(true));
+        assert!(PeerProcess::identified(&identity).is_none());
+    }
+
+    #[test]
+    fn what_is_no_process_of_this_host_is_not_watched() {
+        let own = ProcessIdentity::own().unwrap();
+        assert_eq!(own.pid, std::process::id());
+        assert!(PeerProcess::identified(&own).is_some());
+        let others = [
+            ProcessIdentity {
+                boot: "another".into(),
+                ..own.clone()
+            },
+            ProcessIdentity {
+                namespace: own.namespace + 1,
+                ..own.clone()
+            },
+            ProcessIdentity {
+                started: own.started + 1,
+                ..own.clone()
+            },
+            ProcessIdentity { pid: 1, ..own },
+        ];
+        for other in others {
+            assert!(PeerProcess::identified(&other).is_none(), "{other:?}");
+        }
     }
 }

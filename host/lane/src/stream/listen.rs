@@ -2,12 +2,12 @@
 
 use std::fs::{self, Permissions};
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::{
     DescriptorTransport, SocketTransport, TlsIdentity, TlsTransport, Transport, TransportError,
@@ -116,39 +116,63 @@ impl Listener {
         if !socket::wait(self.fd(), libc::POLLIN, deadline).map_err(failed)? {
             return Ok(None);
         }
-        let transport = match &self.socket {
-            Socket::Tcp(listener) => listener
-                .accept()
-                .and_then(|(stream, _)| boxed(SocketTransport::tcp(stream))),
-            Socket::Unix {
-                listener,
-                path,
-                descriptors,
-            } => {
-                let peer = path.display().to_string();
-                listener.accept().and_then(|(stream, _)| {
-                    if *descriptors {
-                        boxed(DescriptorTransport::new(stream, peer))
-                    } else {
-                        boxed(SocketTransport::unix(stream, peer))
-                    }
-                })
+        let accepted = match &self.socket {
+            Socket::Tcp(listener) => listener.accept().map(|(stream, _)| Accepted::Tcp(stream)),
+            Socket::Unix { listener, .. } => {
+                listener.accept().map(|(stream, _)| Accepted::Unix(stream))
             }
         };
-        match transport {
-            Ok(transport) => self.secured(transport).map(Some),
+        match accepted {
+            Ok(accepted) => Ok(self.welcome(accepted)),
             Err(error) if is_fatal(&error) => Err(failed(error)),
             Err(error) => {
-                tracing::debug!(%error, "a connection broke off before it was accepted");
+                if is_shortage(&error) {
+                    tracing::warn!(%error, "a connection waits to be accepted");
+                    // It would be tried again at once, over and over.
+                    std::thread::sleep(SHORTAGE);
+                } else {
+                    tracing::debug!(%error, "a connection broke off before it was accepted");
+                }
                 Ok(None)
             }
         }
     }
 
-    fn secured(&self, transport: Box<dyn Transport>) -> Result<Box<dyn Transport>, TransportError> {
-        match &self.identity {
-            Some(identity) => Ok(Box::new(TlsTransport::server(transport, identity)?)),
-            None => Ok(transport),
+    /// Makes a transport of a connection, unless that has broken off already.
+    fn welcome(&self, accepted: Accepted) -> Option<Box<dyn Transport>> {
+        let transport = match (accepted, &self.socket) {
+            (Accepted::Tcp(stream), _) => boxed(SocketTransport::tcp(stream)),
+            (
+                Accepted::Unix(stream),
+                Socket::Unix {
+                    path, descriptors, ..
+                },
+            ) => {
+                let peer = path.display().to_string();
+                if *descriptors {
+                    boxed(DescriptorTransport::new(stream, peer))
+                } else {
+                    boxed(SocketTransport::unix(stream, peer))
+                }
+            }
+            (Accepted::Unix(_), Socket::Tcp(_)) => return None,
+        };
+        let transport = match transport {
+            Ok(transport) => transport,
+            Err(error) => {
+                tracing::debug!(%error, "a connection broke off when it was accepted");
+                return None;
+            }
+        };
+        let Some(identity) = &self.identity else {
+            return Some(transport);
+        };
+        match TlsTransport::server(transport, identity) {
+            Ok(transport) => Some(Box::new(transport)),
+            Err(error) => {
+                tracing::warn!(%error, "a connection cannot be secured");
+                None
+            }
         }
     }
 
@@ -167,6 +191,23 @@ impl Listener {
             Socket::Unix { listener, .. } => listener.as_raw_fd(),
         }
     }
+}
+
+/// A connection as the kernel gives it.
+enum Accepted {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+/// Pause when the host cannot take a connection that waits.
+const SHORTAGE: Duration = Duration::from_millis(50);
+
+/// Is the host short of what another connection takes?
+fn is_shortage(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM)
+    )
 }
 
 fn boxed(transport: io::Result<impl Transport + 'static>) -> io::Result<Box<dyn Transport>> {

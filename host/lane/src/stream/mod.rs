@@ -18,7 +18,7 @@ use std::time::Instant;
 
 pub use connect::{Connector, TcpConnector, UnixConnector};
 pub use descriptors::{DescriptorTransport, MAX_DESCRIPTORS};
-pub use fencing::{Fencing, PeerProcess};
+pub use fencing::{Fencing, PeerProcess, ProcessIdentity};
 pub use listen::Listener;
 pub use raw::RawSlice;
 pub use socket::SocketTransport;

@@ -3,11 +3,14 @@
 //! A connection gets a thread of its own for the length of its preamble only, and there are few
 //! of those: garbage, silence and half-open peers cost one such thread for
 //! [`crate::DestinationOptions::preamble_timeout`], and never hold up a guest that is arriving.
+//! When there are too many, the one that has been silent for longest goes: a peer that speaks is
+//! done in a round trip, however many are silent.
 
+use std::collections::VecDeque;
 use std::net::Shutdown;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SendError, Sender, SyncSender, TrySendError, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -25,6 +28,8 @@ use crate::wire::{Patience, Wire};
 
 /// Connections whose purpose is not known yet, at most.
 const MAX_STRANGERS: usize = 16;
+/// Threads for them at most, with those that are about to end.
+const MAX_THREADS: usize = 4 * MAX_STRANGERS;
 /// How long an answer waits for a guest that is being started.
 const START_WAIT: Duration = Duration::from_secs(1);
 /// How often the thread looks whether it was told to stop.
@@ -161,10 +166,10 @@ impl Reception {
     }
 
     fn run(self) {
-        let strangers = Arc::new(AtomicUsize::new(0));
+        let mut strangers = Strangers::default();
         while !self.stop.is_cancelled() && !self.settled.is_cancelled() {
             match self.listener.accept(Instant::now() + SLICE) {
-                Ok(Some(transport)) => self.welcome(transport, &strangers),
+                Ok(Some(transport)) => self.welcome(transport, &mut strangers),
                 Ok(None) => {}
                 Err(error) => {
                     let error = MigrationError::from(error);
@@ -176,8 +181,7 @@ impl Reception {
     }
 
     /// Nobody comes in any more, and whoever waits for visitors learns so. The socket stays open
-    /// until the hand-over is settled: a source on this machine takes a refused connection as
-    /// proof that this process is dead, and would run the guest a second time.
+    /// until the hand-over is settled: nobody else is to answer at this address meanwhile.
     fn keep_listening(self) {
         let Self {
             listener,
@@ -197,16 +201,15 @@ impl Reception {
         drop(listener);
     }
 
-    fn welcome(&self, mut transport: Box<dyn Transport>, strangers: &Arc<AtomicUsize>) {
-        if strangers.fetch_add(1, Ordering::AcqRel) >= MAX_STRANGERS {
-            strangers.fetch_sub(1, Ordering::AcqRel);
+    fn welcome(&self, mut transport: Box<dyn Transport>, strangers: &mut Strangers) {
+        let Some(stay) = strangers.admit() else {
             tracing::warn!(
                 peer = transport.peer(),
                 "too many connections, one was closed"
             );
             transport.shutdown(Shutdown::Both);
             return;
-        }
+        };
         let desk = Desk {
             lanes: self.lanes.clone(),
             switchboard: self.switchboard.clone(),
@@ -216,18 +219,68 @@ impl Reception {
             settled: self.settled.clone(),
             preamble_timeout: self.preamble_timeout,
         };
-        let count = Arc::clone(strangers);
         let spawned = Builder::new()
             .name("migration-desk".to_owned())
             .spawn(move || {
-                desk.serve(Wire::new(transport));
-                count.fetch_sub(1, Ordering::AcqRel);
+                let mut wire = Wire::new(transport);
+                wire.set_stops(vec![stay.leave.clone()]);
+                desk.serve(wire);
+                drop(stay);
             });
         if let Err(error) = spawned {
-            strangers.fetch_sub(1, Ordering::AcqRel);
             tracing::warn!(%error, "no thread for a connection");
         }
     }
+}
+
+/// Connections whose purpose is not known yet, the oldest first.
+#[derive(Default)]
+struct Strangers {
+    all: VecDeque<Weak<Stay>>,
+    threads: Arc<AtomicUsize>,
+}
+
+/// One stranger, for as long as its thread runs.
+struct Stay {
+    /// Make room for another.
+    leave: CancelToken,
+    threads: Arc<AtomicUsize>,
+}
+
+impl Drop for Stay {
+    fn drop(&mut self) {
+        self.threads.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl Strangers {
+    /// Room for one more, if need be that of the oldest; none when those that were sent away are
+    /// still about to go.
+    fn admit(&mut self) -> Option<Arc<Stay>> {
+        self.all.retain(|stay| stay.strong_count() > 0);
+        if self.threads.load(Ordering::Acquire) >= MAX_THREADS {
+            return None;
+        }
+        if self.all.len() >= MAX_STRANGERS
+            && let Some(oldest) = self.all.pop_front().and_then(|stay| stay.upgrade())
+        {
+            tracing::warn!("too many connections, the oldest was closed");
+            oldest.leave.cancel();
+        }
+        self.threads.fetch_add(1, Ordering::AcqRel);
+        let stay = Arc::new(Stay {
+            leave: CancelToken::new(),
+            threads: Arc::clone(&self.threads),
+        });
+        self.all.push_back(Arc::downgrade(&stay));
+        Some(stay)
+    }
+}
+
+/// It is known what a connection is for: it need not make room any more.
+fn known(mut wire: Wire) -> Wire {
+    wire.set_stops(Vec::new());
+    wire
 }
 
 impl Desk {
@@ -235,9 +288,9 @@ impl Desk {
         let patience = Patience::Until(Instant::now() + self.preamble_timeout);
         let result = match wire.receive_preamble(patience) {
             Ok(preamble) => match preamble.purpose {
-                Purpose::Lane => return self.admit(&preamble, wire, patience),
-                Purpose::PostCopy => return self.connect(&preamble, wire, patience),
-                purpose if purpose == self.purpose => return self.pass_on(preamble, wire),
+                Purpose::Lane => return self.admit(&preamble, known(wire), patience),
+                Purpose::PostCopy => return self.connect(&preamble, known(wire), patience),
+                purpose if purpose == self.purpose => return self.pass_on(preamble, known(wire)),
                 Purpose::Inquiry => self.answer(&preamble, &mut wire),
                 Purpose::Move | Purpose::HandOver | Purpose::File => Err(ProtocolError::Preamble {
                     reason: "its purpose is not what is waited for here",
@@ -315,8 +368,16 @@ impl Desk {
 
     /// Answers `WhoOwns`, and takes the decision with it: see [`crate::ownership`].
     fn answer(&self, preamble: &Preamble, wire: &mut Wire) -> Result<(), MigrationError> {
-        let patience = Patience::Idle(self.preamble_timeout);
+        let patience = Patience::Until(Instant::now() + self.preamble_timeout);
         wire.send_preamble(preamble, patience)?;
+        let header = wire.receive_header(patience)?;
+        if header.kind != Kind::WhoOwns {
+            return Err(ProtocolError::Unexpected {
+                kind: header.kind,
+                state: "waiting for a question",
+            }
+            .into());
+        }
         let body = match wire.receive(patience)? {
             Message::WhoOwns(body) => body,
             other => {
@@ -335,11 +396,42 @@ impl Desk {
             answer: answer as i32,
             running,
         };
+        // The ledger may have waited.
+        let patience = Patience::Until(Instant::now() + self.preamble_timeout);
         wire.send(&Message::Ownership(ownership), patience)?;
         // A source whose guest's memory is still to follow leaves it open.
         if answer == Answer::Running && matches!(wire.receive(patience), Ok(Message::Settled)) {
             self.settled.cancel();
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_has_been_silent_for_longest_makes_room() {
+        let mut strangers = Strangers::default();
+        let stays: Vec<_> = (0..MAX_STRANGERS)
+            .filter_map(|_| strangers.admit())
+            .collect();
+        assert!(stays.iter().all(|stay| !stay.leave.is_cancelled()));
+        let newcomer = strangers.admit().unwrap();
+        let left: Vec<_> = stays.iter().map(|stay| stay.leave.is_cancelled()).collect();
+        assert!(left[0] && !left[1..].contains(&true), "{left:?}");
+        assert!(!newcomer.leave.is_cancelled());
+        drop(stays);
+        assert_eq!(strangers.threads.load(Ordering::Acquire), 1);
+    }
+
+    #[test]
+    fn threads_that_do_not_end_are_bounded() {
+        let mut strangers = Strangers::default();
+        let stays: Vec<_> = (0..2 * MAX_THREADS)
+            .filter_map(|_| strangers.admit())
+            .collect();
+        assert_eq!(stays.len(), MAX_THREADS);
     }
 }

@@ -16,7 +16,7 @@ use crate::pages;
 use crate::postcopy::Following;
 use crate::protocol::lane::Counts;
 use crate::protocol::message::{
-    Configuration, Prepared, Ready, RoundBegin, RoundEnd, Running, States, Stored,
+    Configuration, Prepared, Process, Ready, RoundBegin, RoundEnd, Running, States, Stored,
 };
 use crate::protocol::{Kind, Message, ProtocolError, Token};
 use crate::report::DestinationReport;
@@ -129,6 +129,7 @@ impl<'a, M: DestinationMachine> Session<'a, M> {
             incarnation: host.ledger.incarnation().as_bytes().to_vec(),
             lanes: most,
             no_post_copy: post_copy.refusal(),
+            process: Process::own(),
         };
         wire.send(&Message::Ready(ready), patience)?;
         let count = match wire.receive(patience)? {

@@ -15,7 +15,8 @@ use crate::pages::{self, PAGE};
 use crate::protocol::Token;
 use crate::protocol::message::{Complete, Running};
 use crate::transport::{
-    Connector, Fencing, Listener, SocketTransport, Transport, TransportError, UnixConnector,
+    Connector, Fencing, Listener, PeerProcess, SocketTransport, Transport, TransportError,
+    UnixConnector,
 };
 use crate::uffd::Userfaultfd;
 use crate::wire::{Patience, Wire};
@@ -110,6 +111,8 @@ impl Connector for Breaker {
             down: Arc::clone(&self.down),
         }))
     }
+
+    fn watch(&mut self, _process: PeerProcess) {}
 
     fn transport(&self) -> &'static str {
         "unix"

@@ -5,6 +5,7 @@ use prost::Message as _;
 
 pub use super::postcopy::{Arrivals, Complete, Ended, Gone, Missing, Resume, Wanted};
 use super::{Kind, ProtocolError};
+use crate::transport::{PeerProcess, ProcessIdentity};
 
 /// One contiguous range of RAM, as [`dunlin_guest::RamRegion`].
 #[derive(Clone, PartialEq, Eq, prost::Message)]
@@ -52,6 +53,54 @@ pub struct Ready {
     /// Why pages cannot arrive behind the running guest; absent when they can.
     #[prost(string, optional, tag = "3")]
     pub no_post_copy: Option<String>,
+    /// The destination's process, by which a source on the same host knows whether it lives.
+    #[prost(message, optional, tag = "4")]
+    pub process: Option<Process>,
+}
+
+/// A process among all that run on any host.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Process {
+    /// Its kernel's run: `boot_id`.
+    #[prost(string, tag = "1")]
+    pub boot: String,
+    /// Inode of its namespace of process ids.
+    #[prost(uint64, tag = "2")]
+    pub namespace: u64,
+    /// Its id in there.
+    #[prost(uint32, tag = "3")]
+    pub pid: u32,
+    /// When it began, in clock ticks since the kernel did.
+    #[prost(uint64, tag = "4")]
+    pub started: u64,
+}
+
+impl Process {
+    /// This process, where that can be told.
+    pub(crate) fn own() -> Option<Self> {
+        let ProcessIdentity {
+            boot,
+            namespace,
+            pid,
+            started,
+        } = ProcessIdentity::own()?;
+        Some(Self {
+            boot,
+            namespace,
+            pid,
+            started,
+        })
+    }
+
+    /// Holds the process, if it runs on this host.
+    pub(crate) fn find(self) -> Option<PeerProcess> {
+        PeerProcess::identified(&ProcessIdentity {
+            boot: self.boot,
+            namespace: self.namespace,
+            pid: self.pid,
+            started: self.started,
+        })
+    }
 }
 
 /// The page lanes are open.

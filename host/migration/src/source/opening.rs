@@ -10,7 +10,7 @@ use crate::error::MigrationError;
 use crate::machine::SourceMachine;
 use crate::options::{CancelToken, MigrationOptions, Mode, Verification};
 use crate::ownership::Doubt;
-use crate::protocol::message::{Configuration, Lanes, Ready, Region};
+use crate::protocol::message::{Configuration, Lanes, Process, Ready, Region};
 use crate::protocol::{Kind, Message, Preamble, ProtocolError, Purpose, Token};
 use crate::transport::{Connector, Transport};
 use crate::wire::{Patience, Wire};
@@ -61,6 +61,9 @@ pub(super) fn open(
     let incarnation = incarnation.map_err(|_wrong_length| {
         ProtocolError::invalid(Kind::Ready, "incarnation is not 16 bytes")
     })?;
+    if let Some(process) = ready.process.and_then(Process::find) {
+        connector.watch(process);
+    }
     let count = u16::try_from(ready.lanes)
         .unwrap_or(u16::MAX)
         .clamp(1, wanted);

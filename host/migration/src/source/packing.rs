@@ -185,14 +185,27 @@ impl Packer {
         (length < content.len() / 10 * 9 && length <= MAX_BLOCK).then_some(length)
     }
 
-    /// One placement for each run.
+    /// One placement for each run; more where a run crosses into another region of RAM: each
+    /// region is a window of its own, and a placement lies within one window.
     fn place(&mut self) {
         self.placements.clear();
-        self.placements
-            .extend(self.stored.iter().map(|run| Placement {
-                target: run.first.0 * PAGE_SIZE,
-                length: run.count * PAGE as u32,
-            }));
+        for run in &self.stored {
+            let mut target = run.first.0 * PAGE_SIZE;
+            let end = target + u64::from(run.count) * PAGE_SIZE;
+            while target < end {
+                let ends = self
+                    .memory
+                    .regions()
+                    .map(|region| region.offset + region.size);
+                let border = ends.filter(|&border| border > target).min();
+                let stretch = border.unwrap_or(end).min(end) - target;
+                self.placements.push(Placement {
+                    target,
+                    length: stretch as u32,
+                });
+                target += stretch;
+            }
+        }
     }
 
     /// Forgets what waits. Those pages are not sent, and `sent` must not believe so.
@@ -231,5 +244,32 @@ pub(super) fn posted(result: Result<Ticket, LaneError>) -> Result<(), LaneError>
     match result {
         Ok(_) | Err(LaneError::TimedOut { .. }) => Ok(()),
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_placement_crosses_into_another_region() {
+        let memory = Memory::new((3 << 30) + (1 << 20)).unwrap();
+        let border = memory.regions().next().unwrap().size;
+        assert!(border < memory.size(), "there is one region only");
+        let mut packer = Packer::new(memory, BATCH_PAGES);
+        for page in border / PAGE_SIZE - 2..border / PAGE_SIZE + 3 {
+            runs::push(&mut packer.stored, PageIndex(page));
+        }
+        runs::push(&mut packer.stored, PageIndex(7));
+        packer.place();
+        let placed = packer.placements.iter().map(|p| (p.target, p.length));
+        assert_eq!(
+            placed.collect::<Vec<_>>(),
+            [
+                (border - 2 * PAGE_SIZE, 2 * PAGE as u32),
+                (border, 3 * PAGE as u32),
+                (7 * PAGE_SIZE, PAGE as u32),
+            ]
+        );
     }
 }

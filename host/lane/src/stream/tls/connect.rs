@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::{TlsIdentity, TlsName, TlsTransport};
-use crate::stream::{Connector, Fencing, TcpConnector, Transport, TransportError};
+use crate::stream::{Connector, Fencing, PeerProcess, TcpConnector, Transport, TransportError};
 
 /// Reaches a destination over TLS on TCP.
 #[derive(Debug)]
@@ -36,6 +36,10 @@ impl Connector for TlsConnector {
         let mut transport = TlsTransport::client(below, &self.identity, self.name.clone())?;
         transport.handshake(deadline)?;
         Ok(Box::new(transport))
+    }
+
+    fn watch(&mut self, process: PeerProcess) {
+        self.tcp.watch(process);
     }
 
     fn transport(&self) -> &'static str {

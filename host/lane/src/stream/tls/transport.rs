@@ -260,10 +260,15 @@ impl TlsTransport {
     fn fill(&mut self, into: &[RawSlice], deadline: Instant) -> Result<usize, TransportError> {
         self.handshake(deadline)?;
         // What a deadline held back may be what the peer is waiting for.
-        if let Err(error) = self.flush(Instant::now())
-            && !matches!(error, TransportError::TimedOut { .. })
-        {
-            return Err(error);
+        match self.flush(Instant::now()) {
+            Ok(()) | Err(TransportError::TimedOut { .. }) => {}
+            Err(TransportError::Closed { .. }) => {
+                // Nothing goes any more; what the peer said before can still be read.
+                self.outgoing.clear();
+                self.sent = 0;
+                self.taken = 0;
+            }
+            Err(error) => return Err(error),
         }
         let mut targets = Targets::new(into);
         let mut empty = 0;
@@ -398,9 +403,11 @@ impl TlsTransport {
     /// The peer hung up: if it has said why, that is the error.
     fn last_words(&mut self, peer: String) -> TransportError {
         let deadline = Instant::now();
-        while self.plain.is_empty() && matches!(self.state, State::Open(_)) {
+        let mut records = 0;
+        while records <= MAX_EMPTY && self.plain.is_empty() && matches!(self.state, State::Open(_))
+        {
             match self.open_record() {
-                Ok(true) => {}
+                Ok(true) => records += 1,
                 Ok(false) => match self.read_below(self.appetite, deadline) {
                     Ok(()) => {}
                     Err(_) => break,
