@@ -61,6 +61,10 @@ pub struct VmStatus {
     /// Pages of its memory that are still at the host that it came from; absent when all are here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub missing_pages: Option<u64>,
+    /// The host that it came from cannot be reached: where the guest needs one of those pages it
+    /// stands still.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub waits_for_source: bool,
     /// Milliseconds since this process took the guest.
     pub uptime_ms: u64,
     /// The process of this host that the guest was handed over to.

@@ -10,6 +10,7 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::thread;
+use std::time::Instant;
 
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion, mmap::MmapRegionBuilder,
@@ -118,16 +119,19 @@ impl Memory {
         Self::map(file, size, &regions)
     }
 
-    /// Maps the pages that exist already, so that nobody waits for a fault at each of them later.
-    /// Returns how many bytes exist.
+    /// Maps the pages that exist already, so that nobody waits for a fault at each of them later;
+    /// what is not done `until` then is left for those faults. Returns how many bytes were found.
     ///
     /// # Errors
     /// What the kernel said.
-    pub fn map_resident(&self) -> io::Result<u64> {
+    pub fn map_resident(&self, until: Instant) -> io::Result<u64> {
         let mut resident = 0;
         for region in self.regions.iter() {
             let start = region.mapping.as_ptr();
             for (offset, length) in pieces(region.ram.size as usize) {
+                if Instant::now() >= until {
+                    return Ok(resident);
+                }
                 let at = start.wrapping_add(offset);
                 for run in resident_runs(at, length)? {
                     resident += run.len() as u64;
@@ -145,6 +149,27 @@ impl Memory {
             }
         }
         Ok(resident)
+    }
+
+    /// How many pages from `first` on, `most` at most, the host has in memory without a gap. One
+    /// that is not among them may be swapped out, or was never written.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn resident_run(&self, first: PageIndex, most: u64) -> io::Result<u64> {
+        let offset = first.0.saturating_mul(PAGE_SIZE);
+        let mut regions = self.regions.iter();
+        let Some((region, within)) = regions.find_map(|region| {
+            let within = offset.checked_sub(region.ram.offset)?;
+            (within < region.ram.size).then_some((region, within))
+        }) else {
+            return Ok(0);
+        };
+        let length = (region.ram.size - within).min(most.saturating_mul(PAGE_SIZE));
+        let start = region.mapping.as_ptr().wrapping_add(within as usize);
+        let runs = resident_runs(start, length as usize)?;
+        let leading = runs.first().filter(|run| run.start == 0);
+        Ok(leading.map_or(0, |run| run.len() as u64 / PAGE_SIZE))
     }
 
     /// Takes all pages out of this process's page tables. They stay in the file, and whoever
@@ -416,6 +441,7 @@ fn advise(start: *mut u8, length: usize, advice: libc::c_int) -> io::Result<()> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
     use vm_memory::Bytes;
 
     #[test]
@@ -486,7 +512,15 @@ mod tests {
         first.write_page(PageIndex(3), &page);
         first.write_page(PageIndex(1000), &page);
         let second = Memory::from_file(first.file().try_clone().unwrap(), 4 << 20).unwrap();
-        assert_eq!(second.map_resident().unwrap(), 2 * PAGE_SIZE);
+        let soon = Instant::now() + Duration::from_secs(60);
+        assert_eq!(second.map_resident(soon).unwrap(), 2 * PAGE_SIZE);
+        assert_eq!(second.map_resident(Instant::now()).unwrap(), 0);
+        let run = |page, most| second.resident_run(PageIndex(page), most).unwrap();
+        assert_eq!(
+            [run(3, 100), run(4, 100), run(999, 5), run(1000, 1)],
+            [1, 0, 0, 1]
+        );
+        assert_eq!(run(u64::MAX, 100), 0);
         second.unmap_pages().unwrap();
         let mut back = [0u8; 4096];
         second.read_page(PageIndex(1000), &mut back);

@@ -289,9 +289,8 @@ fn exchange<C, S>(
     peer.join().unwrap();
 }
 
-#[test]
-fn our_client_understands_another_server_and_changes_of_keys() {
-    let authority = Authority::new();
+/// What our client does, for a server of rustls' own.
+fn server(authority: &Authority, protocols: &[&[u8]]) -> ServerConnection {
     let (roots, chain, key) = load(&authority.folder(&["127.0.0.1"]));
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let verifier = WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(&provider));
@@ -302,8 +301,33 @@ fn our_client_understands_another_server_and_changes_of_keys() {
         .with_single_cert(chain, key)
         .unwrap();
     config.send_tls13_tickets = 0;
+    config.alpn_protocols = protocols.iter().map(|name| name.to_vec()).collect();
+    ServerConnection::new(Arc::new(config)).unwrap()
+}
+
+#[test]
+fn a_server_that_names_no_protocol_is_left_alone() {
+    let authority = Authority::new();
     let (out, into) = plain_sockets();
-    let server = ServerConnection::new(Arc::new(config)).unwrap();
+    let server = server(&authority, &[]);
+    let theirs = std::thread::spawn(move || {
+        let mut stream = StreamOwned::new(server, into);
+        let _ended = stream.read(&mut [0; 16]);
+    });
+    let below = Box::new(SocketTransport::tcp(out).unwrap());
+    let identity = authority.identity(&["hosta"]);
+    let mut ours = TlsTransport::client(below, &identity, TlsName::address(LOCAL)).unwrap();
+    let error = ours.handshake(Instant::now() + Duration::from_secs(5));
+    let text = format!("{:?}", error.unwrap_err());
+    assert!(text.contains("OtherProtocol"), "{text}");
+    theirs.join().unwrap();
+}
+
+#[test]
+fn our_client_understands_another_server_and_changes_of_keys() {
+    let authority = Authority::new();
+    let (out, into) = plain_sockets();
+    let server = server(&authority, &[b"dunlin"]);
     let below = Box::new(SocketTransport::tcp(out).unwrap());
     let identity = authority.identity(&["hosta"]);
     let ours = TlsTransport::client(below, &identity, TlsName::address(LOCAL)).unwrap();
@@ -317,12 +341,13 @@ fn our_server_understands_another_client_and_changes_of_keys() {
     let authority = Authority::new();
     let (roots, chain, key) = load(&authority.folder(&["hosta"]));
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = ClientConfig::builder_with_provider(provider)
+    let mut config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_root_certificates(roots)
         .with_client_auth_cert(chain, key)
         .unwrap();
+    config.alpn_protocols = vec![b"dunlin".to_vec()];
     let (out, into) = plain_sockets();
     let client = ClientConnection::new(Arc::new(config), LOCAL.into()).unwrap();
     let below = Box::new(SocketTransport::tcp(into).unwrap());

@@ -76,6 +76,9 @@ pub(crate) fn hash_ram(memory: &Memory) -> u64 {
     sum
 }
 
+/// Pages that are looked at together: 1 MiB.
+const PIECE: u64 = 256;
+
 /// Where the memory file has data and where it has holes. Asked in ascending order.
 pub(crate) struct Extents<'a> {
     memory: &'a Memory,
@@ -106,11 +109,13 @@ impl<'a> Extents<'a> {
         match self.seek(at, libc::SEEK_DATA) {
             Seek::At(data) if data / PAGE_SIZE > page => (page, data / PAGE_SIZE, true),
             Seek::At(_) => {
-                let end = match self.seek(at, libc::SEEK_HOLE) {
-                    Seek::At(hole) => (hole / PAGE_SIZE).clamp(page + 1, pages),
-                    Seek::Nothing | Seek::Unknown => pages,
-                };
-                (page, end, false)
+                // Not by `SEEK_HOLE`: of full memory that looks at all of it in one go, for longer
+                // than a guest may wait for this processor.
+                let run = self
+                    .memory
+                    .resident_run(PageIndex(page), PIECE)
+                    .unwrap_or(1);
+                (page, page + run.max(1), false)
             }
             Seek::Nothing => (page, pages, true),
             Seek::Unknown => (page, pages, false),
@@ -119,7 +124,7 @@ impl<'a> Extents<'a> {
 
     fn seek(&self, offset: u64, whence: libc::c_int) -> Seek {
         // SAFETY: lseek takes plain integers; nobody reads RAM's file by its file position.
-        #[expect(unsafe_code, reason = "std has no SEEK_DATA and SEEK_HOLE")]
+        #[expect(unsafe_code, reason = "std has no SEEK_DATA")]
         let result = unsafe { libc::lseek(self.memory.file().as_raw_fd(), offset as i64, whence) };
         if result >= 0 {
             return Seek::At(result as u64);

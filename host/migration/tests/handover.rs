@@ -8,16 +8,18 @@
 mod support;
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use dunlin_migration::handover::{
-    Guest, HandOverArrival, HandOverFailure, HandOverOptions, HandOverReport, hand_over,
+    Claimed, Guest, HandOverArrival, HandOverFailure, HandOverOptions, HandOverReport, hand_over,
 };
 use dunlin_migration::protocol::Kind;
-use dunlin_migration::transport::{Connector, Listener, TcpConnector, UnixConnector};
+use dunlin_migration::transport::{
+    Connector, Fencing, Listener, TcpConnector, TransportError, UnixConnector,
+};
 use dunlin_migration::{
     CancelToken, Destination, DestinationMachine, DestinationOptions, MigrationError, Outcome,
     SourceMachine,
@@ -110,7 +112,7 @@ fn a_guest_goes_on_in_the_same_memory_and_nothing_is_copied() {
     let mut machine = SourceSide::running(LOAD);
     let report = run(&mut machine, &mut *new.connector(), &options()).unwrap();
     assert_eq!(report.outcome, Outcome::Moved);
-    assert_eq!(report.descriptors, ["ram", "started", "extra"]);
+    assert_eq!(report.descriptors, ["ram", "right", "extra"]);
     assert!(report.switch_over.unwrap().state_bytes < LOAD.ram / 4);
     let counted = machine.guest.counter();
     let conduct = Arc::clone(&new.conduct);
@@ -264,12 +266,15 @@ fn a_pause_that_would_be_too_long_is_taken_back_and_tried_again() {
         ..Conduct::default()
     });
     let mut machine = SourceSide::running(LOAD);
-    let mut pauses = 0;
+    let pauses = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&pauses);
     machine.at_pause = Box::new(move || {
-        pauses += 1;
-        if pauses == 3 {
+        seen.lock().unwrap().push(Instant::now());
+        let gate = gate.clone();
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(300));
             gate.cancel();
-        }
+        });
     });
     let short = HandOverOptions {
         downtime_limit: Duration::from_millis(100),
@@ -277,8 +282,66 @@ fn a_pause_that_would_be_too_long_is_taken_back_and_tried_again() {
         ..options()
     };
     let report = run(&mut machine, &mut *new.connector(), &short).unwrap();
-    assert!(report.aborted_pauses_ms.len() >= 2, "{report:?}");
+    assert!(!report.aborted_pauses_ms.is_empty(), "{report:?}");
+    // In between the guest ran: until the first states were restored, and four times as long as it
+    // had stood still.
+    let pauses = pauses.lock().unwrap();
+    let between = pauses[1] - pauses[0];
+    assert!(between > Duration::from_millis(650), "{between:?}");
     new.arrival().machine.assert_runs_whole();
+}
+
+#[test]
+fn pauses_that_are_always_too_long_end_with_the_guest_at_home() {
+    let new = NewProcess::new(Conduct {
+        trusting: true,
+        ..Conduct::default()
+    });
+    let mut machine = SourceSide::running(LOAD);
+    let short = HandOverOptions {
+        downtime_limit: Duration::ZERO,
+        tries: 2,
+        ..options()
+    };
+    let failure = run(&mut machine, &mut *new.connector(), &short).unwrap_err();
+    assert!(
+        matches!(failure.error, MigrationError::PauseTooLong { tries: 2, .. }),
+        "{failure:?}"
+    );
+    machine.assert_runs_whole();
+    assert!(new.thread.join().unwrap().is_err());
+}
+
+#[test]
+fn a_new_process_that_has_the_guest_and_says_nothing_leaves_it_in_doubt() {
+    struct Process(Option<bool>);
+    impl Fencing for Process {
+        fn peer_is_dead(&self) -> Option<bool> {
+            self.0
+        }
+    }
+    let gate = CancelToken::new();
+    let new = NewProcess::new(Conduct {
+        start_gate: Some(gate.clone()),
+        ..Conduct::default()
+    });
+    let mut machine = SourceSide::running(LOAD);
+    let impatient = HandOverOptions {
+        idle_timeout: Duration::from_millis(300),
+        inquiry_timeout: Duration::from_millis(300),
+        ..options()
+    };
+    let failure = run(&mut machine, &mut *new.connector(), &impatient).unwrap_err();
+    assert!(matches!(failure.guest, Guest::InDoubt(_)), "{failure:?}");
+    assert!(!machine.guest.is_running());
+    let right = failure.right.unwrap();
+    assert_eq!(right.claim(&Process(Some(false))), Claimed::There);
+    gate.cancel();
+    let arrival = new.arrival();
+    arrival.machine.assert_runs_whole();
+    assert_eq!(right.claim(&Process(Some(false))), Claimed::There);
+    assert_eq!(right.claim(&Process(Some(true))), Claimed::Gone);
+    arrival.witness.stop();
 }
 
 #[test]
@@ -291,14 +354,19 @@ fn a_new_process_that_never_gets_ready_in_time_is_not_given_the_guest() {
     let mut machine = SourceSide::running(LOAD);
     let short = HandOverOptions {
         downtime_limit: Duration::from_millis(20),
+        idle_timeout: Duration::from_millis(300),
         tries: 2,
         ..options()
     };
     let failure = run(&mut machine, &mut *new.connector(), &short).unwrap_err();
-    assert!(matches!(
-        failure.error,
-        MigrationError::PauseTooLong { tries: 2, .. }
-    ));
+    assert!(
+        matches!(
+            failure.error,
+            MigrationError::Transport(TransportError::TimedOut { .. })
+        ),
+        "{failure:?}"
+    );
+    assert_eq!(failure.guest, Guest::RunsHere);
     machine.assert_runs_whole();
     gate.cancel();
     assert!(new.thread.join().unwrap().is_err());

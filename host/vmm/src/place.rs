@@ -191,6 +191,12 @@ impl Drop for ClaimedPlace {
             return;
         }
         let place = &self.place;
+        let named = fs::read_to_string(place.pid_file()).ok();
+        let named = named.and_then(|pid| pid.trim().parse::<u32>().ok());
+        if named.is_some_and(|pid| pid != std::process::id()) {
+            tracing::warn!("the folder names another process, which goes on with it");
+            return;
+        }
         remove_sockets(place.directory());
         // The locked file last, so that nobody claims the folder in between.
         for path in [place.log_file(), place.pid_file()] {

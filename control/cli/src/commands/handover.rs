@@ -6,7 +6,7 @@ use std::time::Duration;
 use dunlin_api::handover::{HandOverReport, HandOverRequest};
 use dunlin_api::launch::{GuestOrigin, LaunchReply, Start};
 use dunlin_api::migration::{Endpoint, SwitchOverReport};
-use dunlin_api::status::VmStatus;
+use dunlin_api::status::{VmState, VmStatus};
 use dunlin_api::{ApiError, ErrorCode, VmName, route};
 use serde::Serialize;
 
@@ -81,7 +81,11 @@ pub(super) async fn hand_over(args: HandOverArgs, printer: &Printer) -> Result<(
             report(&old, &status, answer.ok().as_ref(), printer);
             Ok(())
         }
-        (_, Err(error)) => Err(with_hint(error, &old)),
+        (_, Err(error)) => {
+            let now = client.get::<VmStatus>(route::VM).await;
+            let stays = now.is_ok_and(|now| now.state == VmState::Running && now.pid == old.pid);
+            Err(if stays { with_hint(error, &old) } else { error })
+        }
         (Ok(Err(error)), Ok(_)) => Err(error),
         (Ok(Ok(None)) | Err(_), Ok(_)) => {
             let name = &args.name;

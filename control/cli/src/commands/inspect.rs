@@ -90,6 +90,18 @@ fn describe_status(status: &VmStatus, config: &VmConfig) -> String {
     if let Some(restore) = &status.restore {
         rows.push(vec!["restored".into(), describe_restore(restore)]);
     }
+    if let Some(missing) = status.missing_pages {
+        let silent = if status.waits_for_source {
+            ", which cannot be reached: the guest waits where it needs it"
+        } else {
+            ""
+        };
+        let size = display_size(missing.saturating_mul(4096));
+        rows.push(vec![
+            "to come".into(),
+            format!("{size} from the host that it came from{silent}"),
+        ]);
+    }
     if let Some(reason) = &status.reason {
         rows.push(vec!["reason".into(), reason.clone()]);
     }

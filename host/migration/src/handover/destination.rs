@@ -1,13 +1,12 @@
 //! The process that the guest is handed to.
 
-use std::io::{self, Write};
-use std::os::unix::net::UnixStream;
+use std::io;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use dunlin_guest::{Memory, PageSet};
 
-use super::{Descriptors, Leftovers, STARTED};
+use super::{Descriptors, Leftovers, RIGHT, Right};
 use crate::destination::custody::Ledger;
 use crate::destination::session::check_ram;
 use crate::destination::{Destination, Endurance, Host, Received, Visitor, Witness};
@@ -21,6 +20,9 @@ use crate::protocol::{Kind, Message, ProtocolError, Purpose, Token};
 use crate::report::DestinationReport;
 use crate::wire::{Patience, Wire};
 
+/// How long mapping memory ahead may take: the old process waits meanwhile, and behind its guest
+/// this thread may get little of the processors.
+const MAPPING: Duration = Duration::from_secs(8);
 /// How long a guest that runs here may be without its leftovers.
 const LEFTOVERS_WAIT: Duration = Duration::from_secs(1);
 
@@ -109,8 +111,7 @@ struct Session<'a, M> {
     options: &'a DestinationOptions,
     token: Token,
     machine: M,
-    /// Where to leave the mark that the guest was started.
-    mark: UnixStream,
+    right: Right,
     stage: Stage,
     last_attempt: u32,
     announced: Instant,
@@ -144,8 +145,8 @@ impl<'a, M: DestinationMachine> Session<'a, M> {
         };
         let came = wire.take_descriptors();
         let mut descriptors = Descriptors::pair(Kind::Descriptors, names, came)?;
-        let Some(mark) = descriptors.take(STARTED) else {
-            let reason = "there is no place for the mark of a guest that was started";
+        let Some(right) = descriptors.take(RIGHT) else {
+            let reason = "the right to run the guest did not come with it";
             return Err(ProtocolError::invalid(Kind::Descriptors, reason).into());
         };
         let machine = build_machine(&configuration, descriptors, build)?;
@@ -161,7 +162,7 @@ impl<'a, M: DestinationMachine> Session<'a, M> {
             options,
             token,
             machine,
-            mark: mark.into(),
+            right: Right::adopt(right),
             stage: Stage::Waiting,
             last_attempt: 0,
             announced: Instant::now(),
@@ -232,9 +233,17 @@ impl<'a, M: DestinationMachine> Session<'a, M> {
             });
         }
         let begun = Instant::now();
-        // When the old process is gone, nobody will look for it.
-        let _gone = self.mark.write(&[1]);
-        self.machine.start()?;
+        if !self.right.take().map_err(super::host("an eventfd"))? {
+            return Err(MigrationError::Refused {
+                reason: "the old process took it back before it was started".to_owned(),
+            });
+        }
+        if let Err(error) = self.machine.start() {
+            if let Err(error) = self.right.give_back() {
+                tracing::error!(%error, "the old process cannot go on with the guest");
+            }
+            return Err(error.into());
+        }
         let report = DestinationReport {
             restore_ms: self.restore.as_secs_f64() * 1e3,
             start_ms: begun.elapsed().as_secs_f64() * 1e3,
@@ -299,7 +308,7 @@ fn map_resident(memory: &Memory) -> io::Result<u64> {
     thread::scope(|scope| {
         let work = || {
             step_back();
-            memory.map_resident()
+            memory.map_resident(Instant::now() + MAPPING)
         };
         let thread = thread::Builder::new().name("map-memory".into());
         let mapped = thread.spawn_scoped(scope, work)?.join();

@@ -24,19 +24,23 @@
 //!
 //! One thing differs. In a move a dead destination costs what the guest did since its start there,
 //! and the source resumes it from the memory that it kept. Here there is one memory: once the guest
-//! has run in the new process, the old one's states do not fit it any more. So the new process
-//! leaves a mark, in a socket that both have, before it starts the guest. When it is found dead
-//! without the mark, the old process resumes; with the mark the guest has died with it
-//! ([`Guest::Gone`]), as it would have with the old process on any other day.
+//! has run in the new process, the old one's states do not fit it any more. So there is one right
+//! to run the guest ([`Right`]), an object of the kernel that both processes hold. The new one takes
+//! it before it starts the guest, and gives it back when that fails; the old one resumes after
+//! `Commit` only when it could take it. When the new process is found dead with the right, the guest
+//! has died with it ([`Guest::Gone`]), as it would have with the old process on any other day. While
+//! it lives, has it, and does not answer, the guest is in doubt ([`Guest::InDoubt`]).
 //!
 //! Everything that takes long is done before the pause. What can wait until the guest runs, such as
 //! the console's history, follows as [`Leftovers`](crate::protocol::message::Leftovers).
 //! `docs/adr/0006-hand-over-on-one-host.md` has the reasons.
 
 mod destination;
+mod right;
 mod source;
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -48,13 +52,14 @@ use crate::protocol::{Kind, ProtocolError};
 use crate::report::{DestinationReport, Outcome, SwitchOverReport};
 
 pub use destination::HandOverArrival;
+pub use right::{Claimed, Right};
 pub use source::hand_over;
 
 /// Name of the descriptor of guest RAM.
 pub const RAM: &str = "ram";
 
-/// Name of the socket that holds the mark of a guest that was started.
-const STARTED: &str = "started";
+/// Name of the right to run the guest.
+const RIGHT: &str = "right";
 
 /// Longest name of a descriptor.
 const MAX_NAME: usize = 64;
@@ -193,7 +198,8 @@ pub enum Guest {
     RunsHere,
     /// It is in the old process, but the machine did not resume: see the error.
     PausedHere,
-    /// It is paused in the old process and may run in the new one.
+    /// It is paused in the old process; the new one has the right to run it, lives as far as can be
+    /// known, and does not say whether it does.
     InDoubt(Doubt),
     /// It ran in the new process, and ended with it.
     Gone,
@@ -208,6 +214,8 @@ pub struct HandOverFailure {
     pub error: MigrationError,
     /// Where the guest is now.
     pub guest: Guest,
+    /// By which a guest in doubt can be claimed later.
+    pub right: Option<Arc<Right>>,
     /// What was measured.
     pub report: HandOverReport,
 }

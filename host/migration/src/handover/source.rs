@@ -1,12 +1,12 @@
 //! The process that has the guest.
 
-use std::io::Read;
-use std::os::unix::net::UnixStream;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{
-    DepartingMachine, Descriptors, Guest, HandOverFailure, HandOverOptions, HandOverReport,
-    Leftovers, RAM, STARTED, host, ms,
+    Claimed, DepartingMachine, Descriptors, Guest, HandOverFailure, HandOverOptions,
+    HandOverReport, Leftovers, RAM, RIGHT, Right, host, ms,
 };
 use crate::error::MigrationError;
 use crate::machine::MachineError;
@@ -25,6 +25,12 @@ use crate::wire::{Patience, Wire};
 
 /// How long `Running` may take at most before the source asks by another connection.
 const RUNNING_WAIT: Duration = Duration::from_secs(2);
+/// The guest runs for so many times the length of a pause that was taken back, before the next one.
+const REST: u32 = 4;
+/// But no longer than this.
+const LONGEST_REST: Duration = Duration::from_secs(1);
+/// Between two looks at the cancel token meanwhile.
+const SLICE: Duration = Duration::from_millis(10);
 /// How long the last words may take.
 const FAREWELL: Duration = Duration::from_millis(500);
 
@@ -33,6 +39,12 @@ enum End {
     HandedOver,
     InDoubt(Doubt),
     Gone,
+}
+
+/// What became of a guest that was given away without an answer.
+enum Found {
+    Running(Running),
+    Claimed(Claimed),
 }
 
 /// What became of a pause.
@@ -47,8 +59,7 @@ struct Session<'a> {
     cancel: CancelToken,
     wire: Wire,
     doubt: Doubt,
-    /// Holds a byte once the new process was about to start the guest.
-    mark: UnixStream,
+    right: Arc<Right>,
     /// Is the guest stopped?
     paused: bool,
     /// Number of the pause, from 1.
@@ -77,7 +88,7 @@ pub fn hand_over(
     };
     let greeted = greet(machine, connector, options, &cancel, &mut report);
     report.built_ms = ms(started.elapsed());
-    let (wire, doubt, mark) = match greeted {
+    let (wire, doubt, right) = match greeted {
         Ok(greeted) => greeted,
         Err(error) => {
             report.total_ms = report.built_ms;
@@ -89,7 +100,7 @@ pub fn hand_over(
         cancel,
         wire,
         doubt,
-        mark,
+        right: Arc::new(right),
         paused: false,
         number: 0,
         started,
@@ -100,6 +111,7 @@ pub fn hand_over(
         let guest = session.stay(machine, &error);
         (error, guest)
     });
+    let right = session.right;
     let mut report = session.report;
     report.total_ms = ms(started.elapsed());
     match result {
@@ -108,11 +120,12 @@ pub fn hand_over(
             Ok(report)
         }
         Ok(End::Gone) => Err(failure(MigrationError::Gone, Guest::Gone, report)),
-        Ok(End::InDoubt(doubt)) => Err(failure(
-            MigrationError::InDoubt,
-            Guest::InDoubt(doubt),
-            report,
-        )),
+        Ok(End::InDoubt(doubt)) => {
+            let guest = Guest::InDoubt(doubt);
+            let mut failure = failure(MigrationError::InDoubt, guest, report);
+            failure.right = Some(right);
+            Err(failure)
+        }
         Err((error, guest)) => Err(failure(error, guest, report)),
     }
 }
@@ -135,6 +148,7 @@ fn failure(
     Box::new(HandOverFailure {
         error,
         guest,
+        right: None,
         report,
     })
 }
@@ -146,7 +160,7 @@ fn greet(
     options: &HandOverOptions,
     cancel: &CancelToken,
     report: &mut HandOverReport,
-) -> Result<(Wire, Doubt, UnixStream), MigrationError> {
+) -> Result<(Wire, Doubt, Right), MigrationError> {
     let token = Token::random().map_err(host("random numbers"))?;
     let deadline = Instant::now() + options.connect_timeout;
     let mut wire = Wire::new(connector.connect(deadline)?);
@@ -166,8 +180,8 @@ fn greet(
         ..Configuration::default()
     };
     wire.send(&Message::Configuration(configuration), patience)?;
-    let (mark, theirs) = UnixStream::pair().map_err(host("a socket"))?;
-    mark.set_nonblocking(true).map_err(host("a socket"))?;
+    let right = Right::new().map_err(host("an eventfd"))?;
+    let theirs = right.copy().map_err(host("a descriptor"))?;
     let (names, descriptors) = copies(machine, theirs)?.into_parts();
     report.descriptors.clone_from(&names);
     let message = Message::Descriptors(DescriptorsBody { names });
@@ -181,23 +195,23 @@ fn greet(
                     return Err(ProtocolError::invalid(Kind::Ready, reason).into());
                 };
                 let incarnation = Token::from_bytes(incarnation);
-                return Ok((wire, Doubt { token, incarnation }, mark));
+                return Ok((wire, Doubt { token, incarnation }, right));
             }
             other => hear(&mut wire, other, patience, "waiting for the machine")?,
         }
     }
 }
 
-/// RAM, the other end of the mark, and what else the machine is built around.
+/// RAM, the right to run the guest, and what else the machine is built around.
 fn copies(
     machine: &mut dyn DepartingMachine,
-    mark: UnixStream,
+    right: OwnedFd,
 ) -> Result<Descriptors, MigrationError> {
     let ram = machine.memory().file().try_clone();
     let ram = ram.map_err(host("a descriptor"))?;
     let mut all = Descriptors::new();
     all.add(RAM, ram.into());
-    all.add(STARTED, mark.into());
+    all.add(RIGHT, right);
     all.0.extend(machine.descriptors()?.0);
     Ok(all)
 }
@@ -245,7 +259,12 @@ impl Session<'_> {
                 Pass::Prepared(prepared, times) => {
                     return self.commit(machine, connector, paused_at, (prepared, times));
                 }
-                Pass::Missed => self.take_back(machine, paused_at, number)?,
+                Pass::Missed => {
+                    let pause = self.take_back(machine, paused_at, number)?;
+                    if self.number < self.options.tries {
+                        self.rest(pause)?;
+                    }
+                }
             }
         }
         Err(MigrationError::PauseTooLong {
@@ -308,15 +327,31 @@ impl Session<'_> {
         machine: &mut dyn DepartingMachine,
         paused_at: Instant,
         number: Number,
-    ) -> Result<(), MigrationError> {
+    ) -> Result<Duration, MigrationError> {
         machine.resume()?;
         self.paused = false;
-        let pause_ms = ms(paused_at.elapsed());
+        let pause = paused_at.elapsed();
+        let pause_ms = ms(pause);
         tracing::info!(pause_ms, "a hand-over would have missed its limit");
         self.report.aborted_pauses_ms.push(pause_ms);
         let patience = self.idle();
         self.wire.flush(patience)?;
-        self.wire.send(&Message::Back(number), patience)
+        self.wire.send(&Message::Back(number), patience)?;
+        Ok(pause)
+    }
+
+    /// Lets the guest run for a while after a pause that was taken back, and at least until the new
+    /// process has restored what came in it: the next pause would wait for that too.
+    fn rest(&mut self, pause: Duration) -> Result<(), MigrationError> {
+        self.await_prepared(self.idle())?;
+        let end = Instant::now() + (pause * REST).min(LONGEST_REST);
+        while Instant::now() < end {
+            if self.cancel.is_cancelled() {
+                return Err(MigrationError::Cancelled);
+            }
+            std::thread::sleep(SLICE);
+        }
+        Ok(())
     }
 
     /// Gives the guest up, and finds out what became of it.
@@ -335,18 +370,16 @@ impl Session<'_> {
         let running = match self.await_running() {
             Ok(running) => running,
             Err(lost) => {
-                tracing::warn!(error = %lost.chain(), "the hand-over is open, asking who owns the guest");
                 self.wire.shutdown();
-                let until = Instant::now() + self.options.inquiry_timeout;
-                match crate::source::resolve(connector, &self.doubt, until) {
-                    Verdict::RunsThere(running) => running,
-                    Verdict::NeverThere if self.ended_with(connector) => return Ok(End::Gone),
-                    Verdict::NeverThere => {
+                match self.find_out(connector, &lost) {
+                    Found::Running(running) => running,
+                    Found::Claimed(Claimed::Here) => {
                         machine.resume()?;
                         self.paused = false;
                         return Err(lost);
                     }
-                    Verdict::Unknown => return Ok(End::InDoubt(self.doubt)),
+                    Found::Claimed(Claimed::Gone) => return Ok(End::Gone),
+                    Found::Claimed(Claimed::There) => return Ok(End::InDoubt(self.doubt)),
                 }
             }
         };
@@ -363,10 +396,20 @@ impl Session<'_> {
         Ok(End::HandedOver)
     }
 
-    /// Did the new process die after it began to start the guest? Then memory is not what the
-    /// states here go with. One that lives has promised that no processor has run.
-    fn ended_with(&self, connector: &dyn Connector) -> bool {
-        connector.peer_is_dead() == Some(true) && matches!((&self.mark).read(&mut [0]), Ok(1..))
+    /// What became of a guest that was given away without an answer. As long as the new process has
+    /// not taken the right to run it, nobody needs to be asked.
+    fn find_out(&self, connector: &mut dyn Connector, lost: &MigrationError) -> Found {
+        let claimed = self.right.claim(connector);
+        if claimed != Claimed::There {
+            return Found::Claimed(claimed);
+        }
+        tracing::warn!(error = %lost.chain(), "the new process has the guest, and is asked for it");
+        let until = Instant::now() + self.options.inquiry_timeout;
+        match crate::source::resolve(connector, &self.doubt, until) {
+            Verdict::RunsThere(running) => Found::Running(running),
+            // Where it did not start the guest it has given the right back.
+            Verdict::NeverThere | Verdict::Unknown => Found::Claimed(self.right.claim(connector)),
+        }
     }
 
     /// Writes `Commit` and waits for `Running`.
@@ -387,8 +430,8 @@ impl Session<'_> {
 
     /// The guest runs there: what is left follows it.
     fn say_farewell(&mut self, machine: &mut dyn DepartingMachine) {
-        let patience = Patience::Until(Instant::now() + FAREWELL);
         let Leftovers { body, descriptors } = machine.leftovers();
+        let patience = Patience::Until(Instant::now() + FAREWELL);
         let (names, descriptors) = descriptors.into_parts();
         let leftovers = Message::Leftovers(LeftoversBody { body, names });
         let told = self

@@ -407,6 +407,8 @@ pub struct Conduct {
     pub scribbling: bool,
     /// Restoring waits until this is cancelled.
     pub restore_gate: Option<CancelToken>,
+    /// Starting waits until this is cancelled.
+    pub start_gate: Option<CancelToken>,
     /// Names of the descriptors that came, RAM excepted.
     pub descriptors: Mutex<Vec<String>>,
 }
@@ -510,6 +512,11 @@ impl DestinationMachine for DestinationSide {
     fn start(&mut self) -> Result<(), MachineError> {
         if self.conduct.refuse_start.load(Ordering::SeqCst) {
             return Err(machine_error("start", "told to refuse"));
+        }
+        if let Some(gate) = &self.conduct.start_gate {
+            while !gate.is_cancelled() {
+                std::thread::yield_now();
+            }
         }
         if self.conduct.scribbling {
             let last = PageIndex(self.memory.pages() - 1);

@@ -107,6 +107,14 @@ async fn ask<T>(peers: Peers, message: impl FnOnce(Reply<T>) -> Message) -> Answ
     }
 }
 
+/// The answer of work that goes on when whoever asked for it leaves.
+async fn finish<T>(work: tokio::task::JoinHandle<Answer<T>>) -> Answer<T> {
+    work.await.unwrap_or_else(|_panicked| {
+        let lost = "what was begun for the request broke off";
+        Err(Refused(ApiError::new(ErrorCode::Unknown, lost)))
+    })
+}
+
 async fn ask_with<B: DeserializeOwned, T: Serialize>(
     peers: Peers,
     body: Bytes,
@@ -129,6 +137,11 @@ fn read<B: DeserializeOwned>(body: &Bytes) -> Result<B, Refused> {
 /// written before: short slices first, since a short time is what the last rounds take.
 async fn prediction(peers: Peers, body: Bytes) -> Answer<MovePrediction> {
     let request: MigrateRequest = read(&body)?;
+    // Whoever asks may leave; what was begun is ended all the same.
+    finish(tokio::spawn(predict(peers, request))).await
+}
+
+async fn predict(peers: Peers, request: MigrateRequest) -> Answer<MovePrediction> {
     let Json(()) = ask(peers.clone(), Message::BeginSurvey).await?;
     for milliseconds in FIRST_SLICES.into_iter().chain([SLICE; SLICES]) {
         tokio::time::sleep(Duration::from_millis(milliseconds)).await;
@@ -145,6 +158,10 @@ async fn prediction(peers: Peers, body: Bytes) -> Answer<MovePrediction> {
 }
 
 async fn exits(State(peers): State<Peers>) -> Answer<ExitReport> {
+    finish(tokio::spawn(count_exits(peers))).await
+}
+
+async fn count_exits(peers: Peers) -> Answer<ExitReport> {
     let Json(()) = ask(peers.clone(), Message::BeginLook).await?;
     tokio::time::sleep(LOOK).await;
     ask(peers, Message::EndLook).await

@@ -62,6 +62,18 @@ impl Lifecycle {
         self.blueprint.console.release();
     }
 
+    /// What the machine and this process have in the file system belongs to another process.
+    pub(super) fn give_away(&self) {
+        self.machine.give_away();
+        self.files.give_away();
+    }
+
+    /// Another process of this host has the guest: this one ends.
+    pub(super) fn passes_to(&mut self, pid: u32) {
+        self.give_away();
+        self.ending.get_or_insert(Ending::HandedOver(pid));
+    }
+
     pub(super) fn hand_over_ended(&mut self, ended: HandOverEnd) {
         let HandOverEnd { end, report, pid } = ended;
         let error = end.error.clone();
@@ -69,9 +81,7 @@ impl Lifecycle {
         self.move_ended(end);
         let moved = self.phase == Phase::Moved;
         if moved {
-            self.machine.give_away();
-            self.files.give_away();
-            self.ending.get_or_insert(Ending::HandedOver(pid));
+            self.passes_to(pid);
         } else {
             self.open_again();
         }

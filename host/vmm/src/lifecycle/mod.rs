@@ -30,6 +30,7 @@ use dunlin_api::status::{ExitReport, VmStatus};
 use dunlin_api::{ApiError, OnReboot, VmConfig};
 use dunlin_guest::SavedState;
 use dunlin_hypervisor::{EngineError, VcpuId};
+use dunlin_migration::handover::Claimed;
 use dunlin_migration::predict::Slice;
 use dunlin_migration::{Following, Standing};
 use tokio::sync::oneshot;
@@ -43,7 +44,7 @@ use crate::moving::{
 };
 use requests::Look;
 pub(crate) use state::{Phase, Transition};
-use survey::Survey;
+use survey::{Survey, Way};
 
 /// How long a process keeps the report of a guest that has moved away.
 const LINGER: Duration = Duration::from_secs(60);
@@ -204,6 +205,8 @@ pub(crate) struct Lifecycle {
     saving: Option<JoinHandle<()>>,
     look: Option<Look>,
     survey: Option<Survey>,
+    /// The way of the last move, which its report tells the goodput of.
+    last_way: Option<Way>,
     since: Instant,
     ending: Option<Ending>,
     /// A guest in doubt: whom to ask.
@@ -266,6 +269,7 @@ impl Lifecycle {
             saving: None,
             look: None,
             survey: None,
+            last_way: None,
             since: Instant::now(),
             ending: None,
             question: None,
@@ -320,6 +324,12 @@ impl Lifecycle {
         if let Some(following) = self.following.take_if(|_| !lost) {
             // Nothing touches memory any more: the host that it came from may forget the rest.
             following.end(&ending.describe());
+        }
+        if let Some(question) = &self.question
+            && question.claim() == Claimed::There
+        {
+            // A process of this host may go on with it.
+            self.give_away();
         }
         if self.phase != Phase::Moved {
             self.phase = Phase::Stopped;
@@ -458,6 +468,7 @@ impl Lifecycle {
             throttled_percent: self.machine.throttled(),
             restore: self.from_file.as_ref().map(FromFile::report),
             missing_pages: self.following.as_ref().map(Following::missing_pages),
+            waits_for_source: self.waits_for_its_source(),
             uptime_ms: u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX),
             successor: match self.ending {
                 Some(Ending::HandedOver(pid)) => Some(pid),

@@ -9,8 +9,9 @@ use dunlin_api::status::{ExitCounts, ExitReport, VmStatus};
 use dunlin_api::{ApiError, ErrorCode};
 use dunlin_guest::{PAGE_SIZE, PageSet};
 use dunlin_migration::Verdict;
+use dunlin_migration::handover::Claimed;
 
-use super::survey::Survey;
+use super::survey::{Survey, Way};
 use super::{Ending, LINGER, Lifecycle, MoveCall, Phase, Transition, answer};
 use crate::machine::{DiskLocks, assemble};
 use crate::moving::{self, FromFile, MoveEnd, MoveOutcome};
@@ -139,21 +140,44 @@ impl Lifecycle {
         Ok(self.status())
     }
 
-    /// A guest in doubt is claimed for this side, unless the destination says that it runs there.
+    /// A guest in doubt is claimed for this side, unless the destination says that it runs there,
+    /// or is a process of this host that has it.
     fn ask_again(&mut self) -> Result<(), ApiError> {
-        let Some(question) = self.question.take() else {
+        let Some(question) = self.question.clone() else {
             return Ok(());
         };
-        match question.ask(ASK_AGAIN) {
-            Verdict::NeverThere | Verdict::Unknown => Ok(()),
-            Verdict::RunsThere(_) => {
-                self.phase = self.phase.after(Transition::HandOver)?;
-                self.monitor.resolve_as_moved();
-                self.leave();
-                Err(ApiError::new(
-                    ErrorCode::WrongState,
-                    "the guest runs at the destination, which answers again",
-                ))
+        let pid = question.successor().unwrap_or_default();
+        if matches!(question.ask(ASK_AGAIN), Verdict::RunsThere(_)) {
+            self.question = None;
+            self.phase = self.phase.after(Transition::HandOver)?;
+            self.monitor.resolve_as_moved();
+            self.leave();
+            if question.successor().is_some() {
+                self.passes_to(pid);
+            }
+            return Err(ApiError::new(
+                ErrorCode::WrongState,
+                "the guest runs at the destination, which answers again",
+            ));
+        }
+        match question.claim() {
+            Claimed::Here => {
+                self.question = None;
+                Ok(())
+            }
+            Claimed::There => Err(ApiError::new(
+                ErrorCode::Busy,
+                format!("process {pid} has the guest and does not answer"),
+            )
+            .with_hint(format!(
+                "try again when it goes on; when it does not, end it by \"kill -KILL {pid}\": \
+                 the guest ends with it"
+            ))),
+            Claimed::Gone => {
+                let ending = Ending::DiedIn(pid);
+                let error = ApiError::new(ErrorCode::WrongState, ending.describe());
+                self.end(ending);
+                Err(error)
             }
         }
     }
@@ -197,7 +221,9 @@ impl Lifecycle {
     pub(super) fn migrate(&mut self, request: MigrateRequest) -> Result<MigrationStatus, ApiError> {
         self.check_movable("move")?;
         let departure = self.departure();
+        let way = Way::of(&request);
         self.moving = Some(moving::start(departure, request)?);
+        self.last_way = Some(way);
         Ok(self.monitor.status())
     }
 

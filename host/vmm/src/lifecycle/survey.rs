@@ -34,6 +34,32 @@ pub(super) struct Survey {
     seen: PageSet,
 }
 
+/// Where a move went, and how much of the way it might use.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Way {
+    to: Endpoint,
+    bandwidth: Option<u64>,
+}
+
+impl Way {
+    pub(super) fn of(request: &MigrateRequest) -> Self {
+        Self {
+            to: request.to.clone(),
+            bandwidth: request.bandwidth,
+        }
+    }
+
+    /// Will the goodput of the move that `request` asks for be what it was on this way?
+    fn tells_of(&self, request: &MigrateRequest) -> bool {
+        let held_back = match (self.bandwidth, request.bandwidth) {
+            (None, _) => false,
+            (Some(_), None) => true,
+            (Some(before), Some(now)) => before < now,
+        };
+        self.to == request.to && !held_back
+    }
+}
+
 impl Survey {
     /// Does anybody still wait for it?
     pub(super) fn is_live(&self) -> bool {
@@ -94,7 +120,9 @@ impl Lifecycle {
             content_pages: census.content,
             dirty,
         };
-        let last = self.monitor.status().report;
+        let way = self.last_way.as_ref();
+        let tells = way.is_some_and(|way| way.tells_of(request));
+        let last = self.monitor.status().report.filter(|_| tells);
         let (goodput, goodput_source) = goodput(request, last.as_ref());
         let path = Path {
             goodput,
@@ -144,8 +172,10 @@ fn goodput(request: &MigrateRequest, last: Option<&MigrationReport>) -> (f64, Go
         let live = report.rounds.iter().filter(|round| {
             round.kind == RoundKind::Live && round.bytes >= TELLING && round.duration_ms > 0.0
         });
+        // Of content, not of what that was compressed to: it is pages that are to be moved.
         let (bytes, time) = live.fold((0.0, 0.0), |(bytes, time), round| {
-            (bytes + round.bytes as f64, time + round.duration_ms / 1e3)
+            let content = round.pages.saturating_mul(PAGE_SIZE).max(round.bytes);
+            (bytes + content as f64, time + round.duration_ms / 1e3)
         });
         (time > 0.0).then_some(bytes / time)
     });
@@ -212,6 +242,26 @@ mod tests {
             (RoundKind::Final, 1 << 30, 1.0),
         ]);
         assert_eq!(goodput(&far, Some(&last)), (200e6, GoodputSource::Measured));
+    }
+
+    #[test]
+    fn what_was_compressed_counts_as_it_was_before() {
+        let far = request("tcp://192.0.2.1:7000", None);
+        let mut last = report(&[(RoundKind::Live, 50_000_000, 250.0)]);
+        last.rounds[0].pages = 25_000;
+        let (rate, _) = goodput(&far, Some(&last));
+        assert_eq!(rate, 409.6e6);
+    }
+
+    #[test]
+    fn a_move_tells_nothing_of_another_way_or_of_a_wider_one() {
+        let way = Way::of(&request("tcp://192.0.2.1:7000", Some(1000)));
+        assert!(way.tells_of(&request("tcp://192.0.2.1:7000", Some(1000))));
+        assert!(way.tells_of(&request("tcp://192.0.2.1:7000", Some(10))));
+        assert!(!way.tells_of(&request("tcp://192.0.2.1:7000", None)));
+        assert!(!way.tells_of(&request("tcp://192.0.2.2:7000", Some(1000))));
+        let free = Way::of(&request("unix:/run/x.sock", None));
+        assert!(free.tells_of(&request("unix:/run/x.sock", Some(1))));
     }
 
     #[test]

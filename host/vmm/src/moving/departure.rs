@@ -10,6 +10,8 @@ use dunlin_api::plan::{Compression, MoveMode};
 use dunlin_api::{ApiError, ErrorCode, VmConfig};
 use dunlin_guest::{Authorship, Memory, SavedState};
 use dunlin_hypervisor::Vm;
+use dunlin_migration::handover::{Claimed, Right};
+use dunlin_migration::transport::{Fencing, PeerProcess};
 use dunlin_migration::{
     Compression as Squeeze, Doubt, MachineError, MigrationError, MigrationFailure,
     MigrationOptions, Mode, Slowdown, Source, SourceMachine, Verdict, Verification, Whereabouts,
@@ -110,11 +112,50 @@ impl Drop for EndGuard {
 pub(crate) struct OpenQuestion {
     route: Route,
     doubt: Doubt,
+    /// Of a guest that was given to a process of this host.
+    successor: Option<Successor>,
+}
+
+/// A process of this host that was given the guest.
+#[derive(Debug, Clone)]
+pub(super) struct Successor {
+    pub(super) pid: u32,
+    pub(super) right: Arc<Right>,
+    pub(super) process: Arc<Watched>,
+}
+
+/// A process that is watched, if it can be.
+#[derive(Debug)]
+pub(super) struct Watched(pub(super) Option<PeerProcess>);
+
+impl Fencing for Watched {
+    fn peer_is_dead(&self) -> Option<bool> {
+        self.0.as_ref()?.peer_is_dead()
+    }
 }
 
 impl OpenQuestion {
-    pub(super) fn new(route: Route, doubt: Doubt) -> Self {
-        Self { route, doubt }
+    /// To a process of this host.
+    pub(super) fn to_successor(route: Route, doubt: Doubt, successor: Successor) -> Self {
+        Self {
+            route,
+            doubt,
+            successor: Some(successor),
+        }
+    }
+
+    /// Claims the guest for this process when nobody says who has it. Another host cannot be
+    /// looked at: there it is the user who knows.
+    pub(crate) fn claim(&self) -> Claimed {
+        match &self.successor {
+            Some(successor) => successor.right.claim(&*successor.process),
+            None => Claimed::Here,
+        }
+    }
+
+    /// The process of this host that may have the guest.
+    pub(crate) fn successor(&self) -> Option<u32> {
+        self.successor.as_ref().map(|successor| successor.pid)
     }
 
     /// Asks the destination, for as long as `patience`, whether it runs the guest.
@@ -182,7 +223,11 @@ fn end(
                     _ => ApiError::from_chain(code, &*failure),
                 }),
                 question: match failure.guest {
-                    Whereabouts::InDoubt(doubt) => Some(OpenQuestion { route, doubt }),
+                    Whereabouts::InDoubt(doubt) => Some(OpenQuestion {
+                        route,
+                        doubt,
+                        successor: None,
+                    }),
                     Whereabouts::RunsHere | Whereabouts::PausedHere | Whereabouts::Lost => None,
                 },
             }

@@ -1,6 +1,5 @@
 //! A guest that passes from one process of this host to another, without a copy of its memory.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -12,11 +11,11 @@ use dunlin_guest::{Memory, SavedState};
 use dunlin_migration::handover::{
     self, DepartingMachine, Descriptors, Guest, HandOverFailure, HandOverOptions, Leftovers,
 };
-use dunlin_migration::transport::UnixConnector;
+use dunlin_migration::transport::{PeerProcess, UnixConnector};
 use dunlin_migration::{CancelToken, DestinationMachine, MachineError, Slowdown, SourceMachine};
 
 use super::arrival::refusal;
-use super::departure::{OpenQuestion, code_of, hint_paused};
+use super::departure::{OpenQuestion, Successor, Watched, code_of, hint_paused};
 use super::security::Route;
 use super::{
     ArrivingMachine, Build, Departure, MoveEnd, MoveOutcome, decode_config, machine_error,
@@ -94,6 +93,8 @@ fn run(leaving: &mut HandingOver, request: &HandOverRequest, cancel: CancelToken
         downtime_limit: Duration::from_millis(request.downtime_ms),
         ..HandOverOptions::default()
     };
+    // Before anything is given to it: later another process may have its id.
+    let process = Arc::new(Watched(PeerProcess::open(request.pid).ok()));
     let mut connector = UnixConnector::new(&request.to).with_descriptors();
     let result = handover::hand_over(leaving, &mut connector, &options, cancel);
     let (end, report) = match result {
@@ -106,23 +107,38 @@ fn run(leaving: &mut HandingOver, request: &HandOverRequest, cancel: CancelToken
             };
             (end, to_api(&report))
         }
-        Err(failure) => (failed(&failure, &request.to), to_api(&failure.report)),
+        Err(failure) => (failed(&failure, request, process), to_api(&failure.report)),
     };
     let pid = request.pid;
     HandOverEnd { end, report, pid }
 }
 
-fn failed(failure: &HandOverFailure, to: &Path) -> MoveEnd {
+fn failed(failure: &HandOverFailure, request: &HandOverRequest, process: Arc<Watched>) -> MoveEnd {
     let refused = ApiError::from_chain(code_of(&failure.error), failure);
-    let route = Route::to_process(to);
+    let route = Route::to_process(&request.to);
+    let pid = request.pid;
     let (outcome, error, question) = match failure.guest {
         Guest::RunsHere => (MoveOutcome::Here, refused, None),
         Guest::PausedHere => (MoveOutcome::PausedHere, hint_paused(refused), None),
         Guest::InDoubt(doubt) => {
-            let question = OpenQuestion::new(route, doubt);
-            (MoveOutcome::InDoubt, refused, Some(question))
+            let question = failure.right.clone().map(|right| {
+                let successor = Successor {
+                    pid,
+                    right,
+                    process,
+                };
+                OpenQuestion::to_successor(route, doubt, successor)
+            });
+            let refused = refused.with_hint(format!(
+                "process {pid} has the guest and does not answer; \"dunlin resume\" asks it again, \
+                 and once it has ended tells what became of the guest"
+            ));
+            (MoveOutcome::InDoubt, refused, question)
         }
-        Guest::Gone => (MoveOutcome::Gone, refused, None),
+        Guest::Gone => {
+            let refused = refused.with_hint("\"dunlin run\" boots it anew from its disks");
+            (MoveOutcome::Gone, refused, None)
+        }
     };
     MoveEnd {
         outcome,

@@ -5,6 +5,7 @@ use rustls::server::UnbufferedServerConnection;
 use rustls::unbuffered::{ConnectionState, EncodeError, UnbufferedStatus};
 
 use super::TlsFailure;
+use super::identity::PROTOCOL;
 use super::session::Session;
 
 /// Bytes of handshake messages that are kept for sending, at most.
@@ -47,8 +48,16 @@ impl Handshake {
         }
     }
 
-    /// The handshake is done: the keys.
+    /// The handshake is done: the keys, if the peer means the same protocol. rustls leaves it to us
+    /// when a peer names none at all.
     pub(super) fn into_session(self) -> Result<Session, TlsFailure> {
+        let named = match &self {
+            Self::Client(connection) => connection.alpn_protocol(),
+            Self::Server(connection) => connection.alpn_protocol(),
+        };
+        if named != Some(PROTOCOL) {
+            return Err(TlsFailure::OtherProtocol);
+        }
         match self {
             Self::Client(connection) => {
                 Session::of_client(connection.dangerous_into_kernel_connection()?)

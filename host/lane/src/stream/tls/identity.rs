@@ -17,7 +17,7 @@ use rustls::{ClientConfig, RootCertStore, ServerConfig, version};
 use super::handshake::Handshake;
 
 /// What both sides name as the protocol inside of TLS.
-const PROTOCOL: &[u8] = b"dunlin";
+pub(super) const PROTOCOL: &[u8] = b"dunlin";
 
 /// Why a folder with certificates is of no use.
 #[derive(Debug, thiserror::Error)]

@@ -56,6 +56,9 @@ pub enum TlsFailure {
     /// What came is no TLS.
     #[error("it does not speak TLS")]
     NotTls,
+    /// It is a place of the same name for something else.
+    #[error("it does not mean Dunlin's protocol inside of TLS")]
+    OtherProtocol,
     /// A record is not what was sent.
     #[error("a record is damaged or forged")]
     Damaged,
