@@ -109,6 +109,16 @@ pub struct Mover {
     recorder: Recorder,
 }
 
+/// The command that moves failed: the guest should be where it was.
+#[derive(Debug)]
+pub struct NotMoved;
+
+impl std::fmt::Display for NotMoved {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the move was given up")
+    }
+}
+
 /// What one move was.
 #[derive(Debug)]
 pub struct Hop {
@@ -119,16 +129,24 @@ pub struct Hop {
     pub blackout_ms: Option<f64>,
     /// The longest silence in the calm before the move, in milliseconds.
     pub control_ms: Option<f64>,
-    /// The longest silence from the start of the move to the calm after it, but for the blackout,
-    /// in milliseconds.
+    /// The longest silence from the start of the move to the calm after it, the blackout among
+    /// them, in milliseconds.
     pub worst_gap_ms: Option<f64>,
     /// Processor time of both processes during the command, in seconds.
     pub cpu_seconds: f64,
     /// When the command ran, from the recorder's start.
     pub span: (Duration, Duration),
+    /// When the guest was first heard at the destination.
+    pub arrived: Option<Duration>,
 }
 
 impl Mover {
+    /// Does memory follow a guest here, or is userfaultfd not permitted?
+    pub fn memory_follows(setup: &Setup) -> bool {
+        let moved = Self::start(setup).and_then(|mut mover| mover.hop(&["--mode", "post"], &[]));
+        moved.is_ok_and(|hop| !hop.report["post_copy"].is_null())
+    }
+
     /// Starts the guest on the first host, and waits until its memory is filled.
     ///
     /// # Errors
@@ -239,7 +257,7 @@ impl Mover {
         let report = self.hosts[self.at].query(&arguments);
         let end = self.recorder.now();
         let cpu_seconds = watch.end().since(&before);
-        let report = report?;
+        let report = report.context(NotMoved)?;
         let mut hop = Hop {
             report,
             blackout_ms: None,
@@ -247,6 +265,7 @@ impl Mover {
             worst_gap_ms: None,
             cpu_seconds,
             span: (start, end),
+            arrived: None,
         };
         self.changed_hosts();
         if ticking {
@@ -262,6 +281,11 @@ impl Mover {
     /// When it does not, or has lost something.
     pub fn stay(&mut self) -> anyhow::Result<()> {
         self.other().kill_machines();
+        let status = self.host().query(&["inspect", NAME])?;
+        let state = &status["status"]["state"];
+        if state != "running" {
+            bail!("the guest was to go on where it was, and is {state}");
+        }
         self.listen_for(CALM)
     }
 
@@ -276,6 +300,7 @@ impl Mover {
         let now = self.recorder.now();
         let ticks = Ticks::of(self.recorder.heard()?);
         let ms = |gap: Option<Duration>| gap.map(|gap| gap.as_secs_f64() * 1e3);
+        hop.arrived = ticks.first_on(stream);
         hop.blackout_ms = ms(ticks.blackout(stream));
         hop.control_ms = ms(ticks.worst_gap(start.saturating_sub(CALM), start));
         hop.worst_gap_ms = ms(ticks.worst_gap(start, now.max(end)));

@@ -25,6 +25,9 @@ const HEADER: usize = 24;
 /// Longer frames there are not; what claims to be is no frame.
 const LONGEST_FRAME: u32 = 128 << 20;
 
+/// How long [`Harm::Hold`] holds something: longer than the peers of a soak have patience.
+pub const HELD: Duration = Duration::from_millis(1500);
+
 /// Which way something goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Way {
@@ -45,6 +48,8 @@ pub enum Harm {
     CutBehind,
     /// From it on nothing moves any more on this connection, in both directions.
     Stall,
+    /// It comes late, and everything behind it: after [`HELD`].
+    Hold,
     /// A bit of its header flips.
     Header,
     /// A bit of its payload flips; of its header when it has no payload.
@@ -57,11 +62,12 @@ pub enum Harm {
 
 impl Harm {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Cut,
         Self::CutWithin,
         Self::CutBehind,
         Self::Stall,
+        Self::Hold,
         Self::Header,
         Self::Payload,
         Self::KillSource,
@@ -72,7 +78,7 @@ impl Harm {
     fn lets_pass(self) -> bool {
         matches!(
             self,
-            Self::CutBehind | Self::KillSource | Self::KillDestination
+            Self::CutBehind | Self::Hold | Self::KillSource | Self::KillDestination
         )
     }
 }
@@ -435,6 +441,10 @@ impl Connection {
             Harm::Stall => {
                 self.stalled.store(true, Ordering::SeqCst);
                 return Ok(Some(End::Stalled));
+            }
+            Harm::Hold => {
+                std::thread::sleep(HELD);
+                to.write_all(part)?;
             }
             Harm::Header | Harm::Payload => {
                 part[at] ^= 0x10;

@@ -79,7 +79,7 @@ pub struct Summary {
     pub runs: u64,
     /// Runs that ended well.
     pub ok: u64,
-    /// Runs whose fault was never reached.
+    /// Moves that ended before their fault, and were drawn anew.
     pub missed: u64,
     /// How often each good end was.
     pub verdicts: BTreeMap<Verdict, u64>,
@@ -107,11 +107,27 @@ pub fn run(plan: &Plan, mut progress: impl FnMut(u64, &str)) -> anyhow::Result<S
     for number in plan.runs.clone() {
         process::check_interrupt()?;
         let mut random = Random::new(plan.seed, number);
-        let which = random.below(plan.modes.len() as u64) as usize;
-        let (mode, fault) = (plan.modes[which], draw(&mut random, &traces[which])?);
-        let Attempt { ended, hit, .. } = attempt(plan, mode, Some(fault))?;
+        // A move that ends well before its fault says nothing: another is drawn.
+        let (mode, fault, ended, hit) = loop {
+            let which = random.below(plan.modes.len() as u64) as usize;
+            let (mode, fault) = (plan.modes[which], draw(&mut random, &traces[which])?);
+            let Attempt { ended, hit, .. } = attempt(plan, mode, Some(fault))?;
+            if hit || ended.is_err() {
+                break (mode, fault, ended, hit);
+            }
+            summary.missed += 1;
+            if summary.missed > 2 * plan.runs.end {
+                bail!("most faults are never reached");
+            }
+        };
         summary.runs += 1;
-        summary.missed += u64::from(!hit);
+        let ended = ended.and_then(|verdict| {
+            if hit {
+                Ok(verdict)
+            } else {
+                bail!("it failed before its fault")
+            }
+        });
         let text = match ended {
             Ok(verdict) => {
                 summary.ok += 1;
@@ -127,6 +143,19 @@ pub fn run(plan: &Plan, mut progress: impl FnMut(u64, &str)) -> anyhow::Result<S
         progress(number, &text);
     }
     Ok(summary)
+}
+
+/// One move that meets this fault.
+///
+/// # Errors
+/// When it does not end well, or never comes as far as the fault.
+pub fn strike(plan: &Plan, mode: &'static str, fault: Fault) -> anyhow::Result<Verdict> {
+    let Attempt { ended, hit, .. } = attempt(plan, mode, Some(fault))?;
+    let verdict = ended?;
+    if !hit {
+        bail!("the move ended as {verdict:?} before the fault");
+    }
+    Ok(verdict)
 }
 
 /// Numbers drawn from a seed (splitmix64).
@@ -187,6 +216,14 @@ struct Scene {
     mover: Mover,
     mode: &'static str,
     fault: Option<Fault>,
+    /// Was the fault reached?
+    struck: bool,
+}
+
+/// What the command that moves said, and whether it reported success.
+struct Said {
+    text: String,
+    success: bool,
 }
 
 /// What came of a run.
@@ -225,7 +262,12 @@ fn attempt(plan: &Plan, mode: &'static str, fault: Option<Fault>) -> anyhow::Res
         _ => end_process(victims[1]),
     });
     let proxy = Proxy::new(target, fault, kill)?;
-    let mut scene = Scene { mover, mode, fault };
+    let mut scene = Scene {
+        mover,
+        mode,
+        fault,
+        struck: false,
+    };
     let ended = scene.play(&proxy);
     Ok(Attempt {
         ended,
@@ -262,9 +304,18 @@ struct Life {
     destination: bool,
 }
 
-/// The frames that decide: the source gives the guest away, the destination runs it.
-const COMMIT: (Way, u16) = (Way::ToDestination, 12);
-const RUNNING: (Way, u16) = (Way::ToSource, 13);
+/// The frame that decides: the source gives the guest away.
+pub const COMMIT: (Way, u16) = (Way::ToDestination, 12);
+/// The destination runs the guest.
+pub const RUNNING: (Way, u16) = (Way::ToSource, 13);
+
+/// All of the memory of a guest that went before it is there.
+const COMPLETE: (Way, u16) = (Way::ToSource, 34);
+/// Kinds of frames by which it is decided who runs the guest: from `Prepared` to `Settled`, and
+/// question and answer about it.
+const DECISIVE: [u16; 7] = [10, 11, 12, 13, 14, 17, 18];
+/// All time-outs of a move have struck so long after its command ended.
+const LATEST: Duration = Duration::from_millis(2500);
 
 const SOURCE: usize = 0;
 const DESTINATION: usize = 1;
@@ -272,32 +323,63 @@ const DESTINATION: usize = 1;
 impl Scene {
     fn play(&mut self, proxy: &Proxy) -> anyhow::Result<Verdict> {
         let said = self.migrate(proxy.address())?;
+        let told = Instant::now();
+        self.struck = proxy.hit();
         let life = self.settle()?;
-        match life {
+        let trace = proxy.trace();
+        let text = &said.text;
+        let verdict = match life {
             Life {
                 source: true,
                 destination: true,
-            } => bail!("the guest lives on both hosts; the move said: {said}"),
+            } => bail!("the guest lives on both hosts; the move said: {text}"),
             Life {
                 destination: true, ..
             } => {
-                if self.harm() == Some(Harm::KillSource) && self.lacks_memory() {
-                    return Ok(Verdict::LacksMemory);
+                let killed = self.harm() == Some(Harm::KillSource);
+                if killed && self.lacks_memory() {
+                    return self.give_up();
+                }
+                if !killed && !said.success {
+                    bail!("the guest moved, yet the move said: {text}");
                 }
                 self.whole(&[SOURCE, DESTINATION])?;
-                Ok(Verdict::Moved)
+                Verdict::Moved
             }
             Life { source: true, .. } => {
-                self.nobody_else_ran()?;
+                if said.success {
+                    bail!("the guest stayed, yet the move said: {text}");
+                }
+                self.nobody_else_ran(&trace)?;
                 self.whole(&[SOURCE])?;
-                Ok(Verdict::Stayed)
+                Verdict::Stayed
             }
-            _ => self.nobody_lives(&said, &proxy.trace()),
+            _ => return self.nobody_lives(&said, &trace),
+        };
+        self.stays_so(life, told)?;
+        Ok(verdict)
+    }
+
+    /// Where something decisive was late or lost, another guest might begin to run by a timer of its
+    /// own: looks again when all of those have struck.
+    fn stays_so(&mut self, life: Life, told: Instant) -> anyhow::Result<()> {
+        let decisive = match self.fault.map(|fault| fault.point) {
+            Some(Point::Frame { kind, .. }) => DECISIVE.contains(&kind),
+            Some(Point::Byte { .. }) | None => false,
+        };
+        if !self.struck || !decisive {
+            return Ok(());
         }
+        std::thread::sleep((LATEST).saturating_sub(told.elapsed()));
+        let now = self.life();
+        if now != life {
+            bail!("the guest lived as {life:?}, and {LATEST:?} later as {now:?}");
+        }
+        Ok(())
     }
 
     /// Asks for the move; returns what the command said.
-    fn migrate(&mut self, proxy: SocketAddrV4) -> anyhow::Result<String> {
+    fn migrate(&mut self, proxy: SocketAddrV4) -> anyhow::Result<Said> {
         let log = self.mover.host().log("migrate");
         let file = std::fs::File::create(&log)?;
         let target = format!("tcp://{proxy}");
@@ -314,7 +396,11 @@ impl Scene {
         if !ended {
             bail!("the move does not end; it said: {said}");
         }
-        Ok(said)
+        let success = guard.child().wait()?.success();
+        Ok(Said {
+            text: said,
+            success,
+        })
     }
 
     fn life(&mut self) -> Life {
@@ -360,16 +446,30 @@ impl Scene {
     }
 
     fn harm(&self) -> Option<Harm> {
-        self.fault.map(|fault| fault.harm)
+        let fault = self.fault.filter(|_| self.struck);
+        fault.map(|fault| fault.harm)
     }
 
-    /// Does the destination say that pages are missing?
+    /// Does the destination say that it waits for pages of a host that it cannot reach?
     fn lacks_memory(&mut self) -> bool {
         let status = self.mover.other().query(&["inspect", NAME]);
-        status.is_ok_and(|status| status["status"]["missing_pages"].as_u64() > Some(0))
+        status.is_ok_and(|status| {
+            let status = &status["status"];
+            status["missing_pages"].as_u64() > Some(0) && status["waits_for_source"] == true
+        })
     }
 
-    fn nobody_else_ran(&mut self) -> anyhow::Result<()> {
+    /// The guest waits for memory that is lost: it can be stopped all the same.
+    fn give_up(&mut self) -> anyhow::Result<Verdict> {
+        self.mover.other().query(&["stop", NAME])?;
+        Ok(Verdict::LacksMemory)
+    }
+
+    fn nobody_else_ran(&mut self, trace: &Trace) -> anyhow::Result<()> {
+        // A source that has heard so may not go back to what the guest was before.
+        if trace.passed.contains_key(&RUNNING) {
+            bail!("the source was told that the guest runs elsewhere, and went on with it");
+        }
         let killed = self.harm() == Some(Harm::KillDestination);
         let ran = self.mover.recorder().last_word(DESTINATION).is_some();
         if ran && !killed {
@@ -383,10 +483,10 @@ impl Scene {
     }
 
     /// No guest ticks: it must be in doubt, or its host was killed and that was said.
-    fn nobody_lives(&mut self, said: &str, trace: &Trace) -> anyhow::Result<Verdict> {
+    fn nobody_lives(&mut self, said: &Said, trace: &Trace) -> anyhow::Result<Verdict> {
         let harm = self.harm();
         if harm == Some(Harm::KillSource) && self.lacks_memory() {
-            return Ok(Verdict::LacksMemory);
+            return self.give_up();
         }
         let at_source = self.mover.host().query(&["inspect", NAME]);
         if let Ok(status) = &at_source
@@ -394,8 +494,12 @@ impl Scene {
         {
             if harm != Some(Harm::KillDestination) {
                 bail!(
-                    "the source is in doubt though the destination is alive; the move said: {said}"
+                    "the source is in doubt though the destination is alive; the move said: {}",
+                    said.text
                 );
+            }
+            if trace.passed.contains_key(&RUNNING) {
+                bail!("the source was told that the guest runs elsewhere, and doubts it");
             }
             self.mover.host().query(&["resume", NAME])?;
             let end = Instant::now() + SETTLED;
@@ -410,27 +514,29 @@ impl Scene {
         }
         let log = self.mover.other().log(&format!("{NAME}-incoming"));
         let heard = std::fs::read_to_string(log).unwrap_or_default();
-        let (committed, runs) = (
-            trace.passed.contains_key(&COMMIT),
-            trace.passed.contains_key(&RUNNING),
-        );
+        let passed = |frame| trace.passed.contains_key(&frame);
+        // What the source waits for before it ends: of a guest whose memory follows, that all came.
+        let all = if self.mode == "post" {
+            COMPLETE
+        } else {
+            RUNNING
+        };
         match harm {
             // Told to run the guest, the destination has to, whatever becomes of the source.
-            Some(Harm::KillSource) if !committed && said.contains("error") && !heard.is_empty() => {
-                Ok(Verdict::LostWithHost)
-            }
+            Some(Harm::KillSource) if !passed(COMMIT) && !said.success => Ok(Verdict::LostWithHost),
             // The source has ended after it was told that all went well, or says that the guest was
-            // given away.
+            // given away and is lost.
             Some(Harm::KillDestination)
-                if at_source
-                    .as_ref()
-                    .map_or(runs, |status| status["migration"]["phase"] == "lost") =>
+                if at_source.as_ref().map_or(passed(all), |status| {
+                    status["migration"]["phase"] == "lost" && passed(COMMIT) && !said.success
+                }) =>
             {
                 Ok(Verdict::LostWithHost)
             }
             _ => bail!(
-                "the guest lives nowhere; the move said: {said}; the destination said: {heard}; \
+                "the guest lives nowhere; the move said: {}; the destination said: {heard}; \
                  the source is {:?}",
+                said.text,
                 at_source.map(|status| status["status"]["state"].clone())
             ),
         }

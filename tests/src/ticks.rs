@@ -71,6 +71,8 @@ struct Follower {
     listener: Listener,
     stream: usize,
     byte: usize,
+    /// What went wrong first: it is not forgotten by those who listen on.
+    failed: Option<String>,
 }
 
 impl Recorder {
@@ -130,7 +132,7 @@ impl Recorder {
     pub fn heard(&mut self) -> anyhow::Result<&[Heard]> {
         let now = self.now();
         let streams = self.shared.lock();
-        self.follower.read(&streams, now, &mut self.heard)?;
+        self.follower.follow(&streams, now, &mut self.heard)?;
         Ok(&self.heard)
     }
 
@@ -265,6 +267,22 @@ fn run_first() {
 }
 
 impl Follower {
+    fn follow(
+        &mut self,
+        streams: &[Stream],
+        now: Duration,
+        heard: &mut Vec<Heard>,
+    ) -> anyhow::Result<()> {
+        if let Some(failed) = &self.failed {
+            bail!("{failed}");
+        }
+        let read = self.read(streams, now, heard);
+        if let Err(error) = &read {
+            self.failed = Some(format!("{error:#}"));
+        }
+        read
+    }
+
     fn read(
         &mut self,
         streams: &[Stream],
@@ -322,6 +340,14 @@ impl Ticks {
     /// Is there none?
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+
+    /// When the first one on a stream was.
+    pub fn first_on(&self, stream: usize) -> Option<Duration> {
+        self.0
+            .iter()
+            .find(|tick| tick.1 == stream)
+            .map(|tick| tick.0)
     }
 
     /// From the last tick before the stream `stream` to the first one on it.
@@ -392,6 +418,17 @@ mod tests {
         let streams = [stream(0, 0..10, false), stream(50, 10..20, false)];
         assert_eq!(follow(&streams, 70).unwrap().len(), 10);
         assert_eq!(follow(&streams, 500).unwrap().len(), 20);
+    }
+
+    #[test]
+    fn what_was_wrong_once_stays_wrong() {
+        let streams = [stream(0, 0..120, true), stream(0, 5..20, false)];
+        let mut follower = Follower::default();
+        let late = Duration::from_secs(1);
+        for _ in 0..3 {
+            let heard = follower.follow(&streams, late, &mut Vec::new());
+            assert!(heard.unwrap_err().to_string().contains("host"));
+        }
     }
 
     #[test]

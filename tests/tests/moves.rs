@@ -5,9 +5,10 @@
 )]
 
 use std::fmt::Write as _;
+use std::net::SocketAddr;
 use std::process::Stdio;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dunlin_testbed::client::{Client, Connection};
 use dunlin_testbed::guest;
@@ -30,15 +31,16 @@ fn moves() -> usize {
 /// One guest at a time: two would measure each other.
 static ALONE: Mutex<()> = Mutex::new(());
 
-struct Bed {
-    _alone: MutexGuard<'static, ()>,
-    _folder: tempfile::TempDir,
+/// A guest that has begun to boot on the first of two hosts.
+struct Start {
+    alone: MutexGuard<'static, ()>,
+    folder: tempfile::TempDir,
     hosts: [Host; 2],
-    control: Connection,
-    client: Client,
+    /// Where its agent will answer.
+    address: SocketAddr,
 }
 
-fn boot() -> Option<Bed> {
+fn start() -> Option<Start> {
     let (binary, guest) = (guest::binary()?, guest::stock("6.1")?);
     let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let folder = tempfile::tempdir().unwrap();
@@ -59,8 +61,31 @@ fn boot() -> Option<Bed> {
         })
         .unwrap();
     let address = hosts::outside(&first, forward.outside);
+    Some(Start {
+        alone,
+        folder,
+        hosts: [first, second],
+        address,
+    })
+}
+
+struct Bed {
+    _alone: MutexGuard<'static, ()>,
+    _folder: tempfile::TempDir,
+    hosts: [Host; 2],
+    control: Connection,
+    client: Client,
+}
+
+fn boot() -> Option<Bed> {
+    let Start {
+        alone,
+        folder,
+        hosts,
+        address,
+    } = start()?;
     let mut control = None;
-    let log = first.log(VM);
+    let log = hosts[0].log(VM);
     process::wait_until("an answer of the guest", Duration::from_secs(300), || {
         control = Connection::probe(address).ok();
         Ok(control.is_some())
@@ -73,7 +98,7 @@ fn boot() -> Option<Bed> {
     Some(Bed {
         _alone: alone,
         _folder: folder,
-        hosts: [first, second],
+        hosts,
         control: control.unwrap(),
         client,
     })
@@ -148,6 +173,36 @@ fn a_busy_guest_moves_back_and_forth_within_its_downtime_limit() {
         over.is_empty(),
         "over the limit of {LIMIT_MS} ms by more than 10 %:\n{over}"
     );
+}
+
+/// Through the kernel's start, the activation of each device and the guest's request for an address.
+#[test]
+fn a_guest_that_moves_all_the_time_while_it_boots_comes_up() {
+    let Some(start) = start() else { return };
+    let Start {
+        alone: _alone,
+        folder: _folder,
+        mut hosts,
+        address,
+    } = start;
+    let begun = Instant::now();
+    let mut moves = 0;
+    let mut control = loop {
+        let (from, to) = (moves % 2, (moves + 1) % 2);
+        let target = hosts[to].receive(VM).unwrap();
+        let command = ["migrate", VM, "--to", &target, "--verify"];
+        let report = hosts[from].query(&command).unwrap();
+        assert_eq!(report["outcome"], "moved", "move {moves}: {report}");
+        assert_eq!(report["verified"], true, "move {moves}: {report}");
+        moves += 1;
+        if let Ok(control) = Connection::probe(address) {
+            break control;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(300), "{moves} moves");
+    };
+    println!("MEASURED: {moves} moves from the first instruction to the agent");
+    assert!(moves > 3, "{moves} moves are no boot that was disturbed");
+    assert_eq!(control.stats().unwrap().memory_errors, 0);
 }
 
 #[test]

@@ -96,13 +96,23 @@ fn pack(kernel: &Kernel, busybox: &Path, agent: &Path) -> anyhow::Result<Vec<u8>
         |path: &Path| fs::read(path).with_context(|| format!("failed to read {}", path.display()));
     let scripts = process::root().join("guests/initramfs");
     let mut archive = Archive::default();
-    for folder in ["bin", "dev", "etc", "lib", "lib/modules", "proc", "root"] {
+    for folder in [
+        "bin",
+        "dev",
+        "etc",
+        "lib",
+        "lib/modules",
+        "proc",
+        "root",
+        "tmp",
+    ] {
         archive.directory(folder);
     }
     archive.character_device("dev/console", 5, 1);
     archive.character_device("dev/null", 1, 3);
     archive.file("init", &read(&scripts.join("init"))?);
     archive.file("etc/udhcpc.sh", &read(&scripts.join("udhcpc.sh"))?);
+    archive.file("etc/work.sh", &read(&scripts.join("work.sh"))?);
     archive.file("bin/busybox", &read(busybox)?);
     archive.symlink("bin/sh", "busybox");
     archive.file("bin/agent", &read(agent)?);

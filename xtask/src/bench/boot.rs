@@ -1,21 +1,18 @@
 //! Time from starting the program to init in a stock kernel: Dunlin's software CPU beside
 //! `qemu-system-x86_64 -accel tcg` with the same kernel, initramfs, memory and PVH direct boot.
 
-use std::io::{BufRead, BufReader};
-use std::path::Path;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
+use std::time::Duration;
 
-use anyhow::Context;
-
+use super::session::{Session, dunlin, qemu};
 use super::{BenchArguments, Row, print};
-use crate::guest::{self, Guest};
+use crate::guest;
 use crate::packages::{self, Series};
-use dunlin_testbed::process::{self, Guard};
+use dunlin_testbed::process;
 
-const CMDLINE: &str = "console=ttyS0 quiet dunlin.init=poweroff";
+pub(super) const CMDLINE: &str = "console=ttyS0 quiet dunlin.init=poweroff";
 /// What the initramfs prints first.
-const MARKER: &str = "dunlin-init: reached";
+pub(super) const MARKER: &str = "dunlin-init: reached";
 /// A boot that takes longer hangs.
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -46,9 +43,9 @@ pub(super) fn run(arguments: &BenchArguments) -> anyhow::Result<()> {
         let mut ours = Vec::new();
         let mut peer = Vec::new();
         for _ in 0..arguments.runs {
-            ours.push(boot(&mut dunlin(&binary, &guest))?);
+            ours.push(boot(&mut dunlin(&binary, &guest, 1, CMDLINE))?);
             if missing.is_empty() {
-                peer.push(boot(&mut qemu(&guest))?);
+                peer.push(boot(&mut qemu(&guest, 1, CMDLINE))?);
             }
         }
         rows.extend(evaluate(series, &suffix, &ours, &peer));
@@ -99,90 +96,11 @@ fn evaluate(
     ]
 }
 
-fn dunlin(binary: &Path, guest: &Guest) -> Command {
-    let mut command = Command::new(binary);
-    command
-        .args(["run", "--engine", "soft", "--memory", "512M", "--cpus", "1"])
-        .args(["--name", &format!("bench-{}", std::process::id())])
-        .arg("--kernel")
-        .arg(&guest.elf)
-        .arg("--initrd")
-        .arg(&guest.initramfs)
-        .args(["--cmdline", CMDLINE]);
-    command
-}
-
-fn qemu(guest: &Guest) -> Command {
-    let mut command = Command::new("qemu-system-x86_64");
-    command
-        .args(["-accel", "tcg", "-machine", "q35", "-m", "512", "-smp", "1"])
-        .args([
-            "-nodefaults",
-            "-no-reboot",
-            "-display",
-            "none",
-            "-serial",
-            "stdio",
-        ])
-        .arg("-kernel")
-        .arg(&guest.elf)
-        .arg("-initrd")
-        .arg(&guest.initramfs)
-        .args(["-append", CMDLINE]);
-    command
-}
-
 /// Boots once; `None` when init was not reached in time.
 fn boot(command: &mut Command) -> anyhow::Result<Option<Boot>> {
-    process::check_interrupt()?;
-    let start = Instant::now();
-    let mut guard = Guard::spawn(
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null()),
-    )?;
-    let output = guard
-        .child()
-        .stdout
-        .take()
-        .context("standard output is piped")?;
-    let (sender, receiver) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        let mut reader = BufReader::new(output);
-        let mut line = Vec::new();
-        while reader
-            .read_until(b'\n', &mut line)
-            .is_ok_and(|read| read > 0)
-        {
-            if String::from_utf8_lossy(&line).contains(MARKER) {
-                // The receiver is gone when the boot was given up.
-                let _ = sender.send(Instant::now());
-            }
-            line.clear();
-        }
-    });
-    let end = start + LIMIT;
-    let reached = loop {
-        process::check_interrupt()?;
-        match receiver.recv_timeout(Duration::from_millis(100)) {
-            Ok(reached) => break reached,
-            Err(std::sync::mpsc::RecvTimeoutError::Timeout) if Instant::now() < end => {}
-            Err(std::sync::mpsc::RecvTimeoutError::Timeout) => return Ok(None),
-            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => {
-                if !guard.wait(Duration::from_secs(1)) {
-                    return Ok(None);
-                }
-                let status = guard.child().wait()?;
-                eprintln!("{:?} ended before init ({status})", command.get_program());
-                return Ok(None);
-            }
-        }
-    };
-    let ended = guard.wait(Duration::from_secs(20));
-    let clean = ended && guard.child().wait()?.success();
-    Ok(Some(Boot {
-        to_init: reached - start,
-        clean,
+    let session = Session::run(command, LIMIT)?;
+    Ok(session.said(MARKER).map(|to_init| Boot {
+        to_init,
+        clean: session.clean,
     }))
 }

@@ -1,10 +1,13 @@
 //! Measurements beside a peer, in one run: a table for people, one JSON line for programs.
 
 mod boot;
+mod cpu;
 mod migrate;
+mod session;
 
 use std::process::Command;
 
+use anyhow::bail;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
@@ -15,6 +18,8 @@ use dunlin_testbed::process;
 pub(crate) enum Bench {
     /// Boots stock kernels to init on the software CPU, beside QEMU's software CPU
     Boot(BenchArguments),
+    /// Runs the same work on the software CPU and on QEMU's
+    Cpu(cpu::CpuArguments),
     /// Moves the benchmark guest, beside QEMU and a raw copy
     Migrate(migrate::MigrateArguments),
 }
@@ -33,6 +38,7 @@ pub(crate) struct BenchArguments {
 pub(crate) fn run(bench: &Bench) -> anyhow::Result<()> {
     match bench {
         Bench::Boot(arguments) => boot::run(arguments),
+        Bench::Cpu(arguments) => cpu::run(arguments),
         Bench::Migrate(arguments) => migrate::run(arguments),
     }
 }
@@ -178,6 +184,14 @@ fn print(bench: &'static str, rows: &[Row], json: bool) -> anyhow::Result<()> {
         holds: rows.iter().all(|row| row.holds),
     };
     println!("{}", serde_json::to_string(&results)?);
+    let missed: Vec<_> = rows
+        .iter()
+        .filter(|row| !row.holds)
+        .map(|row| &*row.name)
+        .collect();
+    if !missed.is_empty() {
+        bail!("missed: {}", missed.join(", "));
+    }
     Ok(())
 }
 

@@ -1,6 +1,8 @@
 //! Moves during which something breaks: how many of them leave one whole guest, or say that it is
 //! lost.
 
+use anyhow::bail;
+
 use super::Bench;
 use crate::bench::Row;
 use dunlin_testbed::soak::{self, Plan};
@@ -10,10 +12,10 @@ const SEED: u64 = 1;
 
 pub(super) fn run(bench: &Bench) -> anyhow::Result<Vec<Row>> {
     let runs = bench.runs(1000, 12);
-    let mut modes = vec!["pre"];
-    if bench.moves_behind_the_guest() {
-        modes.push("post");
+    if !bench.moves_behind_the_guest() {
+        bail!("memory cannot follow a guest here");
     }
+    let modes = vec!["pre", "post"];
     let plan = Plan {
         binary: bench.binary.clone(),
         folder: bench.folder.join("faults"),

@@ -155,6 +155,20 @@ pub(super) fn run(arguments: &MigrateArguments) -> anyhow::Result<()> {
     if missing.is_empty() {
         bench.qemu = bench.best_accelerator();
     }
+    let known = |name: &String| {
+        GROUPS
+            .iter()
+            .any(|g| g.rows.iter().any(|row| row.0 == name))
+    };
+    if let Some(unknown) = arguments.only.iter().find(|name| !known(name)) {
+        let names = GROUPS
+            .iter()
+            .flat_map(|group| group.rows.iter().map(|row| row.0));
+        bail!(
+            "there is no row {unknown}; there are {}",
+            names.collect::<Vec<_>>().join(", ")
+        );
+    }
     let mut rows = vec![bench.conditions()];
     for group in &GROUPS {
         let wanted = |name: &str| arguments.only.iter().any(|only| only == name);
@@ -207,9 +221,7 @@ impl Bench {
             fill_mebibytes: Some(4),
             ..Parameters::default()
         };
-        let moved = Mover::start(&self.setup("post", 32, parameters))
-            .and_then(|mut mover| mover.hop(&["--mode", "post"], &[]));
-        moved.is_ok_and(|hop| !hop.report["post_copy"].is_null())
+        Mover::memory_follows(&self.setup("post", 32, parameters))
     }
 
     /// What runs the guest in QEMU as ours runs it here: KVM beside KVM.
@@ -219,16 +231,14 @@ impl Bench {
             ..Parameters::default()
         };
         let setup = self.setup("accelerator", 32, parameters);
-        let candidates = match self.engine.name {
-            "kvm" => [qemu::Accelerator::Kvm, qemu::Accelerator::Tcg],
-            _ => [qemu::Accelerator::Tcg; 2],
+        let accelerator = match self.engine.name {
+            "kvm" => qemu::Accelerator::Kvm,
+            _ => qemu::Accelerator::Tcg,
         };
-        let runs = |&accelerator: &qemu::Accelerator| {
-            qemu::Peer::start(&setup, accelerator)
-                .inspect_err(|error| eprintln!("QEMU with {accelerator:?}: {error:#}"))
-                .is_ok()
-        };
-        candidates.into_iter().find(runs)
+        qemu::Peer::start(&setup, accelerator)
+            .inspect_err(|error| eprintln!("QEMU with {accelerator:?}: {error:#}"))
+            .ok()
+            .map(|_peer| accelerator)
     }
 
     /// The peer, or why there is none.
@@ -248,9 +258,19 @@ impl Bench {
         let load = load.and_then(|text| text.split(' ').next()?.parse().ok());
         let values: Vec<f64> = load.into_iter().collect();
         let mut row = Row::information("load_at_start", "processes", &values);
+        let version = process::output(Command::new(qemu::PROGRAM).arg("--version"));
+        let version = version.unwrap_or_default();
+        let runs = match (self.quick, self.runs) {
+            (_, Some(runs)) => format!("{runs} runs of each"),
+            (true, None) => "few runs of small guests".to_owned(),
+            (false, None) => "all runs".to_owned(),
+        };
         row.why = Some(format!(
-            "engine {} ({}), QEMU by {:?}",
-            self.engine.name, self.engine.baseline, self.qemu
+            "{runs}; engine {} ({}), QEMU by {:?}: {}",
+            self.engine.name,
+            self.engine.baseline,
+            self.qemu,
+            version.lines().next().unwrap_or("not installed")
         ));
         row
     }

@@ -25,12 +25,13 @@ pub(super) fn handover(bench: &Bench) -> anyhow::Result<Vec<Row>> {
         mover.listen_for(CALM)?;
         let start = mover.recorder().now();
         let report = mover.host().query(&["handover", NAME])?;
-        let end = mover.recorder().now();
         mover.listen_for(CALM)?;
+        let end = mover.recorder().now();
         let ticks = Ticks::of(mover.recorder().heard()?);
         // The new process has the old one's port, so nothing tells which of them said a byte: the
-        // longest silence while the command ran is the pause, or longer than that.
-        pauses.extend(ticks.worst_gap(start, end + CALM / 4).map(ms));
+        // longest silence from the command on is the pause, or longer than that.
+        let pause = ticks.worst_gap(start, end).context("the guest ticks")?;
+        pauses.push(ms(pause));
         let calm = start.saturating_sub(CALM);
         controls.extend(ticks.worst_gap(calm, start).map(ms));
         reported.extend(report["blackout_ms"].as_f64());

@@ -93,18 +93,63 @@ impl Drop for SharedMemory {
     }
 }
 
+/// How the receiver's pages come to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Pages {
+    /// When they are written first.
+    ByTouch,
+    /// A thread has the kernel make them, a MiB at a time, as a move's destination does.
+    Ahead,
+}
+
+/// Pages that are to be made, by another thread than the one that writes them.
+struct Ahead {
+    start: usize,
+    size: usize,
+}
+
+impl Ahead {
+    fn make(&self) {
+        for offset in (0..self.size).step_by(CHUNK) {
+            let length = CHUNK.min(self.size - offset);
+            // SAFETY: the range is mapped until the thread that runs this has been joined, and
+            // pages that are there are left as they are.
+            #[expect(unsafe_code, reason = "std has no madvise")]
+            let result = unsafe {
+                libc::madvise(
+                    std::ptr::with_exposed_provenance_mut(self.start + offset),
+                    length,
+                    libc::MADV_POPULATE_WRITE,
+                )
+            };
+            if result != 0 {
+                return;
+            }
+        }
+    }
+}
+
 /// Copies all of `source` over loopback; returns how long it took until the receiver had all.
-pub(super) fn copy(source: &mut SharedMemory) -> anyhow::Result<Duration> {
+pub(super) fn copy(source: &mut SharedMemory, pages: Pages) -> anyhow::Result<Duration> {
     let listener = TcpListener::bind(("127.0.0.1", 0))?;
     let address = listener.local_addr()?;
     let size = source.size;
     let receiver = std::thread::spawn(move || -> anyhow::Result<()> {
         let (mut stream, _) = listener.accept()?;
         let mut memory = SharedMemory::new(size)?;
-        for chunk in memory.bytes().chunks_mut(CHUNK) {
-            stream.read_exact(chunk)?;
-        }
-        stream.write_all(&[1])?;
+        let ahead = Ahead {
+            start: memory.address.expose_provenance(),
+            size,
+        };
+        std::thread::scope(|scope| {
+            if pages == Pages::Ahead {
+                scope.spawn(|| ahead.make());
+            }
+            for chunk in memory.bytes().chunks_mut(CHUNK) {
+                stream.read_exact(chunk)?;
+            }
+            stream.write_all(&[1])
+        })?;
         // The sender has stopped its clock before this memory is given back.
         Ok(stream.read_exact(&mut [0])?)
     });
@@ -129,7 +174,9 @@ mod tests {
     #[test]
     fn memory_is_copied_and_no_two_words_of_it_are_alike() {
         let mut source = SharedMemory::random(4 << 20).unwrap();
-        assert!(copy(&mut source).unwrap() > Duration::ZERO);
+        for pages in [Pages::ByTouch, Pages::Ahead] {
+            assert!(copy(&mut source, pages).unwrap() > Duration::ZERO);
+        }
         let words: std::collections::BTreeSet<_> = source.bytes().chunks(8).collect();
         assert_eq!(words.len(), (4 << 20) / 8);
     }
