@@ -175,10 +175,21 @@ fn a_busy_guest_moves_back_and_forth_within_its_downtime_limit() {
     );
 }
 
-/// Through the kernel's start, the activation of each device and the guest's request for an address.
+/// Through the kernel's start, the activation of each device and the guest's request for an address:
+/// each boot is struck at other moments.
 #[test]
-fn a_guest_that_moves_all_the_time_while_it_boots_comes_up() {
-    let Some(start) = start() else { return };
+fn a_guest_that_moves_while_it_boots_comes_up() {
+    let mut all = 0;
+    for delay_ms in [0, 250, 500] {
+        let Some(start) = start() else { return };
+        std::thread::sleep(Duration::from_millis(delay_ms));
+        all += moves_until_it_answers(start);
+    }
+    println!("MEASURED: {all} moves in three boots, from the first instruction to the agent");
+    assert!(all >= 6, "{all} moves are no boots that were disturbed");
+}
+
+fn moves_until_it_answers(start: Start) -> usize {
     let Start {
         alone: _alone,
         folder: _folder,
@@ -200,9 +211,8 @@ fn a_guest_that_moves_all_the_time_while_it_boots_comes_up() {
         }
         assert!(begun.elapsed() < Duration::from_secs(300), "{moves} moves");
     };
-    println!("MEASURED: {moves} moves from the first instruction to the agent");
-    assert!(moves > 3, "{moves} moves are no boot that was disturbed");
     assert_eq!(control.stats().unwrap().memory_errors, 0);
+    moves
 }
 
 #[test]
