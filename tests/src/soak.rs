@@ -522,8 +522,15 @@ impl Scene {
             RUNNING
         };
         match harm {
-            // Told to run the guest, the destination has to, whatever becomes of the source.
-            Some(Harm::KillSource) if !passed(COMMIT) && !said.success => Ok(Verdict::LostWithHost),
+            // Told to run the guest, the destination has to, whatever becomes of the source; unless
+            // memory was to follow, and it knew already that the source is gone, and said so.
+            Some(Harm::KillSource)
+                if !said.success
+                    && (!passed(COMMIT)
+                        || self.mode == "post" && heard.contains("its memory stopped coming")) =>
+            {
+                Ok(Verdict::LostWithHost)
+            }
             // The source has ended after it was told that all went well, or says that the guest was
             // given away and is lost.
             Some(Harm::KillDestination)
