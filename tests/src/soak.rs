@@ -305,7 +305,7 @@ struct Life {
 }
 
 /// The frame that decides: the source gives the guest away.
-pub const COMMIT: (Way, u16) = (Way::ToDestination, 12);
+const COMMIT: (Way, u16) = (Way::ToDestination, 12);
 /// The destination runs the guest.
 pub const RUNNING: (Way, u16) = (Way::ToSource, 13);
 
@@ -370,7 +370,7 @@ impl Scene {
         if !self.struck || !decisive {
             return Ok(());
         }
-        std::thread::sleep((LATEST).saturating_sub(told.elapsed()));
+        std::thread::sleep(LATEST.saturating_sub(told.elapsed()));
         let now = self.life();
         if now != life {
             bail!("the guest lived as {life:?}, and {LATEST:?} later as {now:?}");

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Args;
 
 use super::boot::{CMDLINE, MARKER};
@@ -117,6 +117,11 @@ fn cmdline(names: &[&str]) -> String {
 }
 
 pub(super) fn run(arguments: &CpuArguments) -> anyhow::Result<()> {
+    let known = |name: &str| WORK.iter().any(|work| work.0 == name);
+    if let Some(unknown) = arguments.only.iter().find(|name| !known(name)) {
+        let names = WORK.map(|work| work.0).join(", ");
+        bail!("there is no work {unknown}; there are {names}");
+    }
     process::catch_interrupts();
     let missing = packages::install(&[("qemu-system-x86", "qemu-system-x86_64")]);
     let binary = match &arguments.binary {

@@ -50,7 +50,10 @@ enum Found {
 /// What became of a pause.
 enum Pass {
     Prepared(Prepared, SwitchOverReport),
-    Missed,
+    /// It would be too long; has the new process said all the same that it has restored?
+    Missed {
+        restored: bool,
+    },
 }
 
 /// A hand-over under way.
@@ -259,10 +262,10 @@ impl Session<'_> {
                 Pass::Prepared(prepared, times) => {
                     return self.commit(machine, connector, paused_at, (prepared, times));
                 }
-                Pass::Missed => {
+                Pass::Missed { restored } => {
                     let pause = self.take_back(machine, paused_at, number)?;
                     if self.number < self.options.tries {
-                        self.rest(pause)?;
+                        self.rest(pause, restored)?;
                     }
                 }
             }
@@ -303,8 +306,9 @@ impl Session<'_> {
         times.prepared_ms = ms(paused_at.elapsed());
         match prepared {
             Ok(prepared) if Instant::now() < deadline => Ok(Pass::Prepared(prepared, times)),
-            Ok(_) | Err(MigrationError::Transport(TransportError::TimedOut { .. })) => {
-                Ok(Pass::Missed)
+            Ok(_) => Ok(Pass::Missed { restored: true }),
+            Err(MigrationError::Transport(TransportError::TimedOut { .. })) => {
+                Ok(Pass::Missed { restored: false })
             }
             Err(error) => Err(error),
         }
@@ -342,8 +346,10 @@ impl Session<'_> {
 
     /// Lets the guest run for a while after a pause that was taken back, and at least until the new
     /// process has restored what came in it: the next pause would wait for that too.
-    fn rest(&mut self, pause: Duration) -> Result<(), MigrationError> {
-        self.await_prepared(self.idle())?;
+    fn rest(&mut self, pause: Duration, restored: bool) -> Result<(), MigrationError> {
+        if !restored {
+            self.await_prepared(self.idle())?;
+        }
         let end = Instant::now() + (pause * REST).min(LONGEST_REST);
         while Instant::now() < end {
             if self.cancel.is_cancelled() {

@@ -146,13 +146,12 @@ impl Lifecycle {
         let Some(question) = self.question.clone() else {
             return Ok(());
         };
-        let pid = question.successor().unwrap_or_default();
         if matches!(question.ask(ASK_AGAIN), Verdict::RunsThere(_)) {
             self.question = None;
             self.phase = self.phase.after(Transition::HandOver)?;
             self.monitor.resolve_as_moved();
             self.leave();
-            if question.successor().is_some() {
+            if let Some(pid) = question.successor() {
                 self.passes_to(pid);
             }
             return Err(ApiError::new(
@@ -160,6 +159,8 @@ impl Lifecycle {
                 "the guest runs at the destination, which answers again",
             ));
         }
+        // Only of a process of this host is it known that it has the guest.
+        let pid = question.successor().unwrap_or_default();
         match question.claim() {
             Claimed::Here => {
                 self.question = None;
