@@ -1,11 +1,7 @@
 //! Folders with certificates, as users have them.
 
 #![expect(unreachable_pub, reason = "each test file includes this as a module")]
-#![allow(
-    clippy::unwrap_used,
-    dead_code,
-    reason = "a failed step fails the test, and not each needs all of it"
-)]
+#![expect(clippy::unwrap_used, reason = "a failed step fails the test")]
 
 use std::fs;
 use std::path::{Path, PathBuf};
