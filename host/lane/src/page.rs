@@ -178,6 +178,12 @@ impl Buffer {
         &self.bytes[..self.used]
     }
 
+    /// For implementations of lanes: what has been filled in, which they may change once it is
+    /// posted.
+    pub fn filled_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes[..self.used]
+    }
+
     /// Room that is left.
     pub fn room(&self) -> usize {
         self.bytes.len() - self.used

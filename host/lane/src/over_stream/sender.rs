@@ -1,7 +1,6 @@
 //! The end that writes.
 
 use std::collections::VecDeque;
-use std::io::IoSlice;
 use std::net::Shutdown;
 use std::time::Instant;
 
@@ -18,26 +17,6 @@ struct Operation {
     buffer: Option<Buffer>,
     /// Bytes that the transport has taken.
     sent: usize,
-}
-
-impl Operation {
-    fn payload(&self) -> &[u8] {
-        self.buffer.as_ref().map_or(&[], Buffer::filled)
-    }
-
-    fn left(&self) -> usize {
-        self.head.len() + self.payload().len() - self.sent
-    }
-
-    /// What is left: of the head, and of the payload.
-    fn rest(&self) -> [IoSlice<'_>; 2] {
-        let of_head = self.sent.min(self.head.len());
-        let of_payload = self.sent - of_head;
-        [
-            IoSlice::new(&self.head[of_head..]),
-            IoSlice::new(&self.payload()[of_payload..]),
-        ]
-    }
 }
 
 /// Sends pages and messages over a byte stream.
@@ -90,18 +69,15 @@ impl StreamSender {
         while self.backlog.len() > keep
             && let Some(first) = self.backlog.front_mut()
         {
-            while first.left() > 0 {
-                match self.transport.write(&first.rest(), deadline) {
-                    Ok(count) => {
-                        first.sent += count;
-                        self.bytes += count as u64;
-                    }
-                    Err(error) => {
-                        let error = lane_error(error);
-                        self.broken = !matches!(error, LaneError::TimedOut { .. });
-                        return Err(error);
-                    }
-                }
+            let Operation { head, buffer, sent } = first;
+            let payload = buffer.as_mut().map_or(&mut [][..], Buffer::filled_mut);
+            let before = *sent;
+            let written = self.transport.write_through(head, payload, sent, deadline);
+            self.bytes += (*sent - before) as u64;
+            if let Err(error) = written {
+                let error = lane_error(error);
+                self.broken = !matches!(error, LaneError::TimedOut { .. });
+                return Err(error);
             }
             self.retire();
         }

@@ -132,6 +132,31 @@ pub trait Transport: Send {
     /// [`TransportError::TimedOut`] when nothing was taken, [`TransportError::Closed`] at the end.
     fn write(&mut self, from: &[IoSlice<'_>], deadline: Instant) -> Result<usize, TransportError>;
 
+    /// Writes `head` and `payload` as a whole, from their byte `sent` on, and counts there what has
+    /// gone. The payload is the stream's until the call succeeds: a stream that encrypts does so where
+    /// it lies. After a time-out the next call has to be the same one.
+    ///
+    /// # Errors
+    /// As [`Transport::write`].
+    fn write_through(
+        &mut self,
+        head: &[u8],
+        payload: &mut [u8],
+        sent: &mut usize,
+        deadline: Instant,
+    ) -> Result<(), TransportError> {
+        while *sent < head.len() + payload.len() {
+            let of_head = head.len().min(*sent);
+            let of_payload = *sent - of_head;
+            let rest = [
+                IoSlice::new(&head[of_head..]),
+                IoSlice::new(&payload[of_payload..]),
+            ];
+            *sent += self.write(&rest, deadline)?;
+        }
+        Ok(())
+    }
+
     /// Ends one direction or both; the peer sees the end after what was written.
     fn shutdown(&mut self, how: Shutdown);
 

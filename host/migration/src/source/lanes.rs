@@ -32,6 +32,9 @@ use crate::protocol::runs;
 
 /// Pages in a share: 4 MiB.
 const SHARE: u64 = 1024;
+/// How far the destination is told in the first round of what will come: 64 MiB. What prepares
+/// memory there then always has work, while the lanes' threads wait for the network or each other.
+const AHEAD: u64 = 16 * SHARE;
 /// How long one call of a lane waits before its thread looks around.
 const SLICE: Duration = Duration::from_millis(50);
 
@@ -58,6 +61,8 @@ pub(super) struct Work {
     /// Stop when this comes, with what was sent until then.
     pub(super) deadline: Option<Instant>,
     next: AtomicU64,
+    /// Up to here, the destination knows what will come.
+    told: AtomicU64,
     stopped: AtomicBool,
     done: AtomicU64,
 }
@@ -71,6 +76,7 @@ impl Work {
             sent: None,
             deadline: None,
             next: AtomicU64::new(0),
+            told: AtomicU64::new(0),
             stopped: AtomicBool::new(false),
             done: AtomicU64::new(0),
         }
@@ -94,6 +100,21 @@ impl Work {
     fn take(&self, total: u64) -> Option<Range<u64>> {
         let start = self.next.fetch_add(SHARE, Ordering::Relaxed);
         (start < total).then(|| start..start.saturating_add(SHARE).min(total))
+    }
+
+    /// The next share that the destination is to be told of, unless it knows enough.
+    fn to_tell(&self, total: u64) -> Option<Range<u64>> {
+        let horizon = self
+            .next
+            .load(Ordering::Relaxed)
+            .saturating_add(AHEAD)
+            .min(total);
+        let further = |told: u64| (told < horizon).then(|| told + SHARE);
+        let start = self
+            .told
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, further)
+            .ok()?;
+        Some(start..start.saturating_add(SHARE).min(total))
     }
 }
 
@@ -271,32 +292,6 @@ fn lane_thread_lost() -> MigrationError {
     }
 }
 
-/// Pages that one lane takes at once.
-struct Share {
-    pages: Range<u64>,
-    /// A bit for each page that lies in a hole of the memory file.
-    holes: [u64; (SHARE / 64) as usize],
-}
-
-impl Share {
-    fn place(&self, page: PageIndex) -> (usize, u64) {
-        let within = page.0.wrapping_sub(self.pages.start);
-        ((within / 64) as usize, 1 << (within % 64))
-    }
-
-    fn note_hole(&mut self, page: PageIndex) {
-        let (word, bit) = self.place(page);
-        if let Some(word) = self.holes.get_mut(word) {
-            *word |= bit;
-        }
-    }
-
-    fn is_hole(&self, page: PageIndex) -> bool {
-        let (word, bit) = self.place(page);
-        self.holes.get(word).is_some_and(|word| word & bit != 0)
-    }
-}
-
 /// What the thread of a lane has.
 struct Body {
     packer: Packer,
@@ -329,18 +324,22 @@ impl Body {
 
     fn round(&mut self, work: &Work, counts: &mut Counts) -> Result<(), MigrationError> {
         let memory = self.surroundings.memory.clone();
-        let mut extents = work.holes.then(|| Extents::new(&memory));
-        let mut next = self.take(work, extents.as_mut())?;
-        while let Some(share) = next {
-            if work.is_stopped() {
-                break;
+        let mut holes = work.holes.then(|| Extents::new(&memory));
+        let mut ahead = work.holes.then(|| Extents::new(&memory));
+        while !work.is_stopped()
+            && let Some(share) = work.take(memory.pages())
+        {
+            if let Some(ahead) = &mut ahead {
+                self.tell_ahead(work, ahead)?;
             }
-            next = self.take(work, extents.as_mut())?;
-            for page in work.pages.within(share.pages.clone()) {
+            for page in work.pages.within(share) {
                 if self.packer.is_full() && !self.flush(work, counts)? {
                     return self.mark(work, *counts);
                 }
-                if share.is_hole(page) {
+                if holes
+                    .as_mut()
+                    .is_some_and(|holes| holes.hole_at(page).is_some())
+                {
                     self.packer.add_hole(page);
                 } else {
                     self.add(page, work)?;
@@ -353,38 +352,24 @@ impl Body {
         self.mark(work, *counts)
     }
 
-    /// The next share. In the first round the destination is told of its pages one share ahead.
-    fn take(
-        &mut self,
-        work: &Work,
-        extents: Option<&mut Extents<'_>>,
-    ) -> Result<Option<Share>, MigrationError> {
+    /// Tells the destination in the first round which pages will come.
+    fn tell_ahead(&mut self, work: &Work, extents: &mut Extents<'_>) -> Result<(), MigrationError> {
         let memory = &self.surroundings.memory;
-        let Some(pages) = work.take(memory.pages()) else {
-            return Ok(None);
-        };
-        let mut share = Share {
-            pages,
-            holes: [0; (SHARE / 64) as usize],
-        };
-        let Some(extents) = extents else {
-            return Ok(Some(share));
-        };
-        let mut runs = Vec::new();
-        for page in work.pages.within(share.pages.clone()) {
-            if extents.hole_at(page).is_some() {
-                share.note_hole(page);
-            } else if !memory.looks_zero(page) {
-                runs::push(&mut runs, page);
+        while let Some(pages) = work.to_tell(memory.pages()) {
+            let mut runs = Vec::new();
+            for page in work.pages.within(pages) {
+                if extents.hole_at(page).is_none() && !memory.looks_zero(page) {
+                    runs::push(&mut runs, page);
+                }
+            }
+            runs.truncate(lane::MAX_AHEAD_RUNS);
+            if !runs.is_empty() {
+                let mut message = Vec::new();
+                lane::encode_ahead(work.round, &runs, &mut message);
+                posted(self.lane.send(&message, Instant::now() + SLICE))?;
             }
         }
-        runs.truncate(lane::MAX_AHEAD_RUNS);
-        if !runs.is_empty() {
-            let mut message = Vec::new();
-            lane::encode_ahead(work.round, &runs, &mut message);
-            posted(self.lane.send(&message, Instant::now() + SLICE))?;
-        }
-        Ok(Some(share))
+        Ok(())
     }
 
     fn add(&mut self, page: PageIndex, work: &Work) -> Result<(), MigrationError> {

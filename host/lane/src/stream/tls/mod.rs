@@ -13,6 +13,7 @@ mod connect;
 mod handshake;
 mod identity;
 mod records;
+mod sealed;
 mod session;
 mod targets;
 mod transport;

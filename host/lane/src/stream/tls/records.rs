@@ -101,6 +101,28 @@ impl Keys {
         Ok(taken)
     }
 
+    /// Encrypts a full record's content where it lies: all of `content` but its last byte, which is
+    /// kept, as the next record's content begins with it. Gives what belongs in front of the content
+    /// and behind it.
+    pub(super) fn seal_in_place(
+        &mut self,
+        kind: u8,
+        content: &mut [u8; MAX_PLAIN + 1],
+    ) -> Result<([u8; HEADER], [u8; 1 + TAG]), TlsFailure> {
+        let [high, low] = ((MAX_PLAIN + 1 + TAG) as u16).to_be_bytes();
+        let header = [DATA, 3, 3, high, low];
+        let kept = std::mem::replace(&mut content[MAX_PLAIN], kind);
+        let nonce = self.nonce();
+        let tag = self
+            .key
+            .seal_in_place_separate_tag(nonce, Aad::from(&header), content)
+            .map_err(TlsFailure::Cipher)?;
+        let mut behind = [0; 1 + TAG];
+        behind[0] = std::mem::replace(&mut content[MAX_PLAIN], kept);
+        behind[1..].copy_from_slice(tag.as_ref());
+        Ok((header, behind))
+    }
+
     /// Opens a whole record, as [`whole`] found it; gives its type, and where its content lies in
     /// it.
     pub(super) fn open(&mut self, record: &mut [u8]) -> Result<(u8, usize), TlsFailure> {

@@ -8,7 +8,8 @@ use rustls::server::ServerConnectionData;
 use rustls::{ConnectionTrafficSecrets, ExtractedSecrets};
 
 use super::TlsFailure;
-use super::records::{ALERT, DATA, HANDSHAKE, Keys, RECORDS_PER_KEY};
+use super::records::{ALERT, DATA, HANDSHAKE, Keys, MAX_PLAIN, RECORDS_PER_KEY};
+use super::sealed::Sealed;
 
 const CLOSE_NOTIFY: u8 = 0;
 const WARNING: u8 = 1;
@@ -89,12 +90,42 @@ impl Session {
     ) -> Result<usize, TlsFailure> {
         let mut taken = 0;
         while taken < limit && plain.iter().any(|slice| !slice.is_empty()) {
-            if self.asked || self.send.sequence() >= RECORDS_PER_KEY {
-                self.change_keys(to)?;
-            }
+            self.renew(to)?;
             taken += self.send.seal(DATA, &mut plain, to)?;
         }
         Ok(taken)
+    }
+
+    /// Seals `head`, and `payload` where it lies.
+    pub(super) fn seal_through(
+        &mut self,
+        head: &[u8],
+        payload: &mut [u8],
+        sealed: &mut Sealed,
+    ) -> Result<(), TlsFailure> {
+        self.seal(&mut [IoSlice::new(head)], head.len(), sealed.frames())?;
+        let mut at = 0;
+        // The last byte of each belongs to the record behind it.
+        while let Some(content) = payload[at..].first_chunk_mut() {
+            self.renew(sealed.frames())?;
+            let (before, behind) = self.send.seal_in_place(DATA, content)?;
+            sealed.frames().extend_from_slice(&before);
+            sealed.piece(at..at + MAX_PLAIN);
+            sealed.frames().extend_from_slice(&behind);
+            at += MAX_PLAIN;
+        }
+        let rest = &payload[at..];
+        self.seal(&mut [IoSlice::new(rest)], rest.len(), sealed.frames())?;
+        sealed.complete();
+        Ok(())
+    }
+
+    /// Changes keys when that is due.
+    fn renew(&mut self, to: &mut Vec<u8>) -> Result<(), TlsFailure> {
+        if self.asked || self.send.sequence() >= RECORDS_PER_KEY {
+            self.change_keys(to)?;
+        }
+        Ok(())
     }
 
     /// Tells the peer that new keys follow, and takes them.

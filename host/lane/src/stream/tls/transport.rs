@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::handshake::{Handshake, Need};
 use super::records::{HEADER, MAX_RECORD, room_for, whole};
+use super::sealed::Sealed;
 use super::session::{Opened, Session};
 use super::targets::Targets;
 use super::{TlsFailure, TlsIdentity, TlsName};
@@ -58,6 +59,8 @@ pub struct TlsTransport {
     sent: usize,
     /// Bytes of the caller that are in `outgoing`, and of which it does not know yet.
     taken: usize,
+    /// What goes by [`Transport::write_through`].
+    sealed: Sealed,
 }
 
 impl TlsTransport {
@@ -109,6 +112,7 @@ impl TlsTransport {
             outgoing: Vec::new(),
             sent: 0,
             taken: 0,
+            sealed: Sealed::default(),
         }
     }
 
@@ -383,8 +387,42 @@ impl Transport for TlsTransport {
         }
     }
 
+    fn write_through(
+        &mut self,
+        head: &[u8],
+        payload: &mut [u8],
+        sent: &mut usize,
+        deadline: Instant,
+    ) -> Result<(), TransportError> {
+        self.handshake(deadline)?;
+        let all = head.len() + payload.len();
+        let flushed = self.flush(deadline).and_then(|()| {
+            // A write that a deadline held back began with the same bytes.
+            *sent += std::mem::take(&mut self.taken);
+            if self.sealed.is_gone() && *sent < all {
+                let of_head = head.len().min(*sent);
+                let of_payload = *sent - of_head;
+                self.sealed.begin(of_payload);
+                self.seal_through(&head[of_head..], &mut payload[of_payload..])?;
+            }
+            while !self.sealed.is_gone() {
+                let count = self.below.write(&self.sealed.rest(payload), deadline)?;
+                self.sealed.advance(count);
+                // Records are larger than what is in them.
+                *sent = (*sent + count).min(all - 1);
+            }
+            *sent = all;
+            Ok(())
+        });
+        match flushed {
+            Err(TransportError::Closed { peer }) => Err(self.last_words(peer)),
+            result => result,
+        }
+    }
+
     fn shutdown(&mut self, how: Shutdown) {
         if how != Shutdown::Read
+            && self.sealed.is_gone()
             && let State::Open(session) | State::Ended(session) = &mut self.state
             && session.seal_end(&mut self.outgoing).is_ok()
         {
@@ -400,6 +438,15 @@ impl Transport for TlsTransport {
 }
 
 impl TlsTransport {
+    fn seal_through(&mut self, head: &[u8], payload: &mut [u8]) -> Result<(), TransportError> {
+        let session = match &mut self.state {
+            State::Open(session) | State::Ended(session) => session,
+            State::Handshake(_) | State::Failed(_) => return Err(self.over()),
+        };
+        let result = session.seal_through(head, payload, &mut self.sealed);
+        result.map_err(|failure| self.failed(failure))
+    }
+
     /// The peer hung up: if it has said why, that is the error.
     fn last_words(&mut self, peer: String) -> TransportError {
         let deadline = Instant::now();
