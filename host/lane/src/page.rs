@@ -178,12 +178,6 @@ impl Buffer {
         &self.bytes[..self.used]
     }
 
-    /// For implementations of lanes: what has been filled in, which they may change once it is
-    /// posted.
-    pub fn filled_mut(&mut self) -> &mut [u8] {
-        &mut self.bytes[..self.used]
-    }
-
     /// Room that is left.
     pub fn room(&self) -> usize {
         self.bytes.len() - self.used
@@ -273,6 +267,32 @@ pub trait PageSender: Send {
         to: &[Placement],
         deadline: Instant,
     ) -> Result<Ticket, LaneError>;
+
+    /// Lends the lane memory that writes may come from without a copy by the caller (registered, where
+    /// the lane needs that). False, as by default: the lane takes buffers only.
+    ///
+    /// # Errors
+    /// [`LaneError`] when the lane broke, or the host refuses to register the memory.
+    fn lend(&mut self, window: Window, deadline: Instant) -> Result<bool, LaneError> {
+        let _ = (window, deadline);
+        Ok(false)
+    }
+
+    /// Posts a write of lent memory: the bytes of each place lie in one lent window under the same
+    /// number as at the receiver. They may change until the completion: each arrives as it was at
+    /// some moment until then. Otherwise as [`PageSender::write`].
+    ///
+    /// # Errors
+    /// [`LaneError::NotGranted`] when a place is not lent, and as [`PageSender::write`].
+    fn write_lent(&mut self, places: &[Placement], deadline: Instant) -> Result<Ticket, LaneError> {
+        let _ = deadline;
+        let first = places.first().map_or(0, |place| place.target);
+        Err(LaneError::NotGranted {
+            peer: self.peer().to_owned(),
+            start: first,
+            end: first,
+        })
+    }
 
     /// Posts a message, of no bytes at least. When the peer has it, all writes posted before on this
     /// lane are visible there. As with `write`, after `TimedOut` it is posted, and the lane keeps a

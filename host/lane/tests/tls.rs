@@ -292,7 +292,7 @@ fn exchange<C, S>(
 /// What our client does, for a server of rustls' own.
 fn server(authority: &Authority, protocols: &[&[u8]]) -> ServerConnection {
     let (roots, chain, key) = load(&authority.folder(&["127.0.0.1"]));
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let verifier = WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(&provider));
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
@@ -340,7 +340,7 @@ fn our_client_understands_another_server_and_changes_of_keys() {
 fn our_server_understands_another_client_and_changes_of_keys() {
     let authority = Authority::new();
     let (roots, chain, key) = load(&authority.folder(&["hosta"]));
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let mut config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .unwrap()

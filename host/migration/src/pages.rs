@@ -1,8 +1,11 @@
 //! Pages as bytes: which are zero, what they hash to, where RAM was never touched.
 
 use std::os::fd::AsRawFd;
+use std::ptr::NonNull;
+use std::sync::Arc;
 
 use dunlin_guest::{Memory, PAGE_SIZE, PageIndex};
+use dunlin_lane::Window;
 
 /// A page of bytes.
 pub(crate) const PAGE: usize = PAGE_SIZE as usize;
@@ -140,6 +143,20 @@ enum Seek {
     At(u64),
     Nothing,
     Unknown,
+}
+
+/// Guest RAM as windows, one for each stretch that is contiguous here.
+pub(crate) fn windows(memory: &Memory) -> Vec<Window> {
+    let windows = memory.regions().filter_map(|region| {
+        let start: NonNull<u8> = memory.host_page(PageIndex(region.offset / PAGE_SIZE))?;
+        let range = region.offset..region.offset + region.size;
+        let keep = Arc::new(memory.clone());
+        // SAFETY: the mapping of a region is as long as the region, and `keep` holds it. Guest
+        // RAM is never behind a Rust reference: whoever reads or writes it copies raw bytes.
+        #[expect(unsafe_code, reason = "lanes read and place pages without a copy")]
+        Some(unsafe { Window::new(range, start, keep) })
+    });
+    windows.collect()
 }
 
 /// CPU time of the calling thread, in seconds.

@@ -1,22 +1,78 @@
 //! The end that writes.
 
 use std::collections::VecDeque;
+use std::io::IoSlice;
 use std::net::Shutdown;
 use std::time::Instant;
 
 use super::header::{HEADER, Header, Kind};
 use super::{StreamLane, lane_error};
-use crate::page::{Buffer, LaneError, LaneTraits, PageSender, Placement, Ticket, WindowRange};
-use crate::stream::Transport;
+use crate::page::{
+    Buffer, LaneError, LaneTraits, PageSender, Placement, Ticket, Window, WindowRange,
+};
+use crate::stream::{RawSlice, Transport, TransportError};
+use crate::windows::Windows;
 
 /// An operation that the transport has not taken yet, or not as a whole.
 #[derive(Debug)]
 struct Operation {
     /// The head; of a message the payload, too.
     head: Vec<u8>,
-    buffer: Option<Buffer>,
+    payload: Payload,
     /// Bytes that the transport has taken.
     sent: usize,
+}
+
+#[derive(Debug)]
+enum Payload {
+    Nothing,
+    Buffer(Buffer),
+    /// What is left of it.
+    Lent(VecDeque<RawSlice>),
+}
+
+impl Operation {
+    /// Writes as much as the transport takes of it at once, at least one byte. `None`: there is
+    /// nothing left to write.
+    fn write(
+        &mut self,
+        transport: &mut dyn Transport,
+        deadline: Instant,
+    ) -> Result<Option<usize>, TransportError> {
+        let of_head = self.sent.min(self.head.len());
+        let head = IoSlice::new(&self.head[of_head..]);
+        let count = match &mut self.payload {
+            Payload::Buffer(buffer) => {
+                let rest = IoSlice::new(&buffer.filled()[self.sent - of_head..]);
+                if head.is_empty() && rest.is_empty() {
+                    return Ok(None);
+                }
+                transport.write(&[head, rest], deadline)?
+            }
+            Payload::Nothing | Payload::Lent(_) if !head.is_empty() => {
+                transport.write(&[head], deadline)?
+            }
+            Payload::Lent(slices) if !slices.is_empty() => {
+                let count = transport.write_raw(slices.make_contiguous(), deadline)?;
+                drop_front(slices, count);
+                count
+            }
+            Payload::Nothing | Payload::Lent(_) => return Ok(None),
+        };
+        self.sent += count;
+        Ok(Some(count))
+    }
+}
+
+/// The first `count` bytes are done with.
+fn drop_front(slices: &mut VecDeque<RawSlice>, mut count: usize) {
+    while let Some(first) = slices.front_mut() {
+        count -= first.split_front(count).len();
+        if !first.is_empty() {
+            break;
+        }
+        slices.pop_front();
+    }
 }
 
 /// Sends pages and messages over a byte stream.
@@ -29,6 +85,8 @@ pub struct StreamSender {
     made: usize,
     /// Operations that are posted and not complete, in order.
     backlog: VecDeque<Operation>,
+    /// Memory that writes may come from.
+    lent: Windows,
     /// The number of the next operation.
     sequence: u64,
     bytes: u64,
@@ -46,6 +104,7 @@ impl StreamSender {
             free: Vec::new(),
             made: 0,
             backlog: VecDeque::new(),
+            lent: Windows::default(),
             sequence: 0,
             bytes: 0,
             spare: Vec::new(),
@@ -69,15 +128,16 @@ impl StreamSender {
         while self.backlog.len() > keep
             && let Some(first) = self.backlog.front_mut()
         {
-            let Operation { head, buffer, sent } = first;
-            let payload = buffer.as_mut().map_or(&mut [][..], Buffer::filled_mut);
-            let before = *sent;
-            let written = self.transport.write_through(head, payload, sent, deadline);
-            self.bytes += (*sent - before) as u64;
-            if let Err(error) = written {
-                let error = lane_error(error);
-                self.broken = !matches!(error, LaneError::TimedOut { .. });
-                return Err(error);
+            loop {
+                match first.write(&mut *self.transport, deadline) {
+                    Ok(Some(count)) => self.bytes += count as u64,
+                    Ok(None) => break,
+                    Err(error) => {
+                        let error = lane_error(error);
+                        self.broken = !matches!(error, LaneError::TimedOut { .. });
+                        return Err(error);
+                    }
+                }
             }
             self.retire();
         }
@@ -86,12 +146,17 @@ impl StreamSender {
 
     /// The first operation of the backlog is complete.
     fn retire(&mut self) {
-        if let Some(Operation { head, buffer, .. }) = self.backlog.pop_front() {
+        if let Some(Operation { head, payload, .. }) = self.backlog.pop_front() {
             self.spare = head;
-            if let Some(buffer) = buffer {
+            if let Payload::Buffer(buffer) = payload {
                 self.recycle(buffer);
             }
         }
+    }
+
+    /// The checksum of a payload, where there has to be one.
+    fn crc(&self, payload: &[u8]) -> Option<u32> {
+        (!self.traits.confidential).then(|| crc32fast::hash(payload))
     }
 
     fn closed(&self) -> LaneError {
@@ -108,9 +173,8 @@ impl StreamSender {
         }
     }
 
-    /// Could a receiver take this write at all?
-    fn check(&self, from: &Buffer, to: &[Placement]) -> Result<(), LaneError> {
-        let filled = from.filled().len();
+    /// Could a receiver take this write of `filled` bytes at all?
+    fn check(&self, filled: usize, to: &[Placement]) -> Result<(), LaneError> {
         let limit = filled.min(self.traits.buffer_bytes);
         let places = to.iter().map(|to| u64::from(to.length)).sum::<u64>() as usize;
         if places != limit || to.len() > self.traits.placements {
@@ -118,26 +182,30 @@ impl StreamSender {
         }
         let behind_all = |to: &&Placement| to.target.checked_add(to.length.into()).is_none();
         match to.iter().find(behind_all) {
-            Some(outside) => Err(LaneError::NotGranted {
-                peer: self.transport.peer().to_owned(),
-                start: outside.target,
-                end: u64::MAX,
-            }),
+            Some(outside) => Err(self.not_granted(outside)),
             None => Ok(()),
         }
     }
 
-    /// A head for `payload`, which follows it.
-    fn head(&mut self, kind: Kind, payload: &[u8], to: &[Placement]) -> Vec<u8> {
+    fn not_granted(&self, outside: &Placement) -> LaneError {
+        LaneError::NotGranted {
+            peer: self.transport.peer().to_owned(),
+            start: outside.target,
+            end: outside.target.saturating_add(outside.length.into()),
+        }
+    }
+
+    /// A head for a payload of so many bytes, which follows it.
+    fn head(&mut self, kind: Kind, payload: usize, crc: Option<u32>, to: &[Placement]) -> Vec<u8> {
         let mut head = std::mem::take(&mut self.spare);
         head.clear();
         head.reserve(HEADER);
         let header = Header {
             kind,
             placements: to.len() as u16,
-            payload: payload.len() as u32,
+            payload: payload as u32,
             sequence: self.sequence,
-            payload_crc: (!self.traits.confidential).then(|| crc32fast::hash(payload)),
+            payload_crc: crc,
         };
         header.encode(to, &mut head);
         head
@@ -193,13 +261,40 @@ impl PageSender for StreamSender {
         to: &[Placement],
         deadline: Instant,
     ) -> Result<Ticket, LaneError> {
-        if let Err(error) = self.check(&from, to) {
+        if let Err(error) = self.check(from.filled().len(), to) {
             self.recycle(from);
             return Err(error);
         }
+        let crc = self.crc(from.filled());
         let operation = Operation {
-            head: self.head(Kind::Write, from.filled(), to),
-            buffer: Some(from),
+            head: self.head(Kind::Write, from.filled().len(), crc, to),
+            payload: Payload::Buffer(from),
+            sent: 0,
+        };
+        let ticket = self.post(operation);
+        self.flush(0, deadline)?;
+        Ok(ticket)
+    }
+
+    /// Payloads with checksums have to stay as they were when the sum was made.
+    fn lend(&mut self, window: Window, _deadline: Instant) -> Result<bool, LaneError> {
+        if self.traits.confidential {
+            self.lent.grant(window);
+        }
+        Ok(self.traits.confidential)
+    }
+
+    fn write_lent(&mut self, places: &[Placement], deadline: Instant) -> Result<Ticket, LaneError> {
+        let mut slices = VecDeque::new();
+        for place in places {
+            let slice = self.lent.resolve(*place);
+            slices.push_back(slice.ok_or_else(|| self.not_granted(place))?);
+        }
+        let bytes = slices.iter().map(RawSlice::len).sum();
+        self.check(bytes, places)?;
+        let operation = Operation {
+            head: self.head(Kind::Write, bytes, None, places),
+            payload: Payload::Lent(slices),
             sent: 0,
         };
         let ticket = self.post(operation);
@@ -211,11 +306,12 @@ impl PageSender for StreamSender {
         if message.len() > self.traits.message_bytes {
             return Err(self.too_large(message.len(), self.traits.message_bytes));
         }
-        let mut head = self.head(Kind::Message, message, &[]);
+        let crc = self.crc(message);
+        let mut head = self.head(Kind::Message, message.len(), crc, &[]);
         head.extend_from_slice(message);
         let ticket = self.post(Operation {
             head,
-            buffer: None,
+            payload: Payload::Nothing,
             sent: 0,
         });
         self.flush(0, deadline)?;

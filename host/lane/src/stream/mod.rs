@@ -132,29 +132,19 @@ pub trait Transport: Send {
     /// [`TransportError::TimedOut`] when nothing was taken, [`TransportError::Closed`] at the end.
     fn write(&mut self, from: &[IoSlice<'_>], deadline: Instant) -> Result<usize, TransportError>;
 
-    /// Writes `head` and `payload` as a whole, from their byte `sent` on, and counts there what has
-    /// gone. The payload is the stream's until the call succeeds: a stream that encrypts does so where
-    /// it lies. After a time-out the next call has to be the same one.
+    /// As [`Transport::write`], of memory that other threads may write at the same time: each byte
+    /// goes as it was at some moment of this call or of one that timed out before it.
     ///
     /// # Errors
     /// As [`Transport::write`].
-    fn write_through(
-        &mut self,
-        head: &[u8],
-        payload: &mut [u8],
-        sent: &mut usize,
-        deadline: Instant,
-    ) -> Result<(), TransportError> {
-        while *sent < head.len() + payload.len() {
-            let of_head = head.len().min(*sent);
-            let of_payload = *sent - of_head;
-            let rest = [
-                IoSlice::new(&head[of_head..]),
-                IoSlice::new(&payload[of_payload..]),
-            ];
-            *sent += self.write(&rest, deadline)?;
+    fn write_raw(&mut self, from: &[RawSlice], deadline: Instant) -> Result<usize, TransportError> {
+        let offered: usize = from.iter().map(RawSlice::len).sum();
+        let mut bounce = vec![0; offered.min(BOUNCE)];
+        let mut filled = 0;
+        for slice in from {
+            filled += slice.copy_to(&mut bounce[filled..]);
         }
-        Ok(())
+        self.write(&[IoSlice::new(&bounce)], deadline)
     }
 
     /// Ends one direction or both; the peer sees the end after what was written.

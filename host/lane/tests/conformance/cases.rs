@@ -64,6 +64,51 @@ pub(crate) fn a_later_write_over_an_earlier_one_wins(factory: Factory) {
     }
 }
 
+/// Memory that was lent is written without a copy by the caller, and nothing else is.
+pub(crate) fn only_lent_memory_is_read(factory: Factory) {
+    let (mut pair, region) = open(factory, 1, 256 * KIB);
+    let source = Region::new(256 << 10);
+    for page in 0..64 {
+        source.fill(page * 4 * KIB..(page + 1) * 4 * KIB, page as u8 + 1);
+    }
+    let window = source.window(0..128 * KIB);
+    if !pair.sender.lend(window, soon()).unwrap() {
+        let refused = pair.sender.write_lent(&[at(0, 4096)], soon());
+        assert!(
+            matches!(refused, Err(LaneError::NotGranted { .. })),
+            "{refused:?}"
+        );
+        return;
+    }
+    let places = [at(0, 3), at(64 * KIB, 40_000), at(8 * KIB, 20_000)];
+    pair.sender.write_lent(&places, soon()).unwrap();
+    pair.sender.send(b"written", soon()).unwrap();
+    assert_eq!(pair.message(), b"written");
+    for place in places {
+        let range = place.target..place.target + u64::from(place.length);
+        assert_eq!(region.get(range.clone()), source.get(range.clone()));
+        let behind = range.end..range.end + 1;
+        assert!(
+            region.is(behind, 0),
+            "something was written behind {range:?}"
+        );
+    }
+    for outside in [at(128 * KIB - 1, 2), at(200 * KIB, 1), at(u64::MAX, 2)] {
+        let refused = pair.sender.write_lent(&[at(0, 1), outside], soon());
+        assert!(
+            matches!(refused, Err(LaneError::NotGranted { .. })),
+            "{refused:?}"
+        );
+    }
+    let refused = pair.sender.write_lent(&[at(0, 65_537)], soon());
+    assert!(
+        matches!(refused, Err(LaneError::TooLarge { .. })),
+        "{refused:?}"
+    );
+    pair.sender.send(b"still there", soon()).unwrap();
+    assert_eq!(pair.message(), b"still there");
+}
+
 pub(crate) fn nothing_is_written_outside_of_windows(factory: Factory) {
     let outside = [
         (0, 1),

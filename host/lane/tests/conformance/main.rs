@@ -29,6 +29,7 @@ suite! {
     registering_memory, plain_memory, unix, tcp, tls: {
         cases::writes_are_visible_behind_a_message,
         cases::a_later_write_over_an_earlier_one_wins,
+        cases::only_lent_memory_is_read,
         cases::nothing_is_written_outside_of_windows,
         cases::buffers_are_owned_by_the_lane_until_they_come_back,
         cases::timeouts_leave_the_lane_whole,

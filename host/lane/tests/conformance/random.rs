@@ -46,6 +46,8 @@ enum Expected {
 
 struct Model {
     sender: Box<dyn PageSender>,
+    /// What the sender may read, if the lane does so.
+    lent: Option<Region>,
     to_receiver: mpsc::Sender<Expected>,
     agreed: mpsc::Receiver<()>,
     written: Vec<(u64, u16, u8)>,
@@ -75,6 +77,8 @@ impl Model {
         if self.next_slot + lengths.len() > SLOTS {
             self.agree()?;
         }
+        // Every other write comes from memory of the sender itself, where the lane reads it.
+        let lent = self.lent.take_if(|_| self.byte.is_multiple_of(2));
         let mut buffer = self.sender.buffer(soon())?;
         let mut places = Vec::new();
         for &length in lengths {
@@ -86,12 +90,20 @@ impl Model {
             };
             self.next_slot += 1;
             let target = number as u64 * SLOT;
-            buffer.extend(length.into()).unwrap().fill(self.byte);
+            match &lent {
+                Some(region) => region.fill(target..target + u64::from(length), self.byte),
+                None => buffer.extend(length.into()).unwrap().fill(self.byte),
+            }
             places.push(at(target, length.into()));
             self.written.push((target, length, self.byte));
         }
         let deadline = self.deadline();
-        posted(self.sender.write(buffer, &places, deadline))
+        let Some(region) = lent else {
+            return posted(self.sender.write(buffer, &places, deadline));
+        };
+        self.lent = Some(region);
+        self.sender.recycle(buffer);
+        posted(self.sender.write_lent(&places, deadline))
     }
 
     fn message(&mut self, length: usize) -> Result<(), LaneError> {
@@ -124,16 +136,19 @@ fn posted(result: Result<Ticket, LaneError>) -> Result<(), LaneError> {
 
 fn run(pair: Pair, steps: Vec<Step>, patience: Duration) {
     let Pair {
-        sender,
+        mut sender,
         mut receiver,
     } = pair;
     let region = Region::new(SLOTS * SLOT as usize);
     let all = 0..SLOTS as u64 * SLOT;
-    receiver.grant(region.window(all), soon()).unwrap();
+    receiver.grant(region.window(all.clone()), soon()).unwrap();
+    let source = Region::new(SLOTS * SLOT as usize);
+    let lends = sender.lend(source.window(all), soon()).unwrap();
     let (to_receiver, expected) = mpsc::channel::<Expected>();
     let (agree, agreed) = mpsc::channel();
     let mut model = Model {
         sender,
+        lent: lends.then_some(source),
         to_receiver,
         agreed,
         written: Vec::new(),

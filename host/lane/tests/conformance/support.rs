@@ -147,6 +147,12 @@ impl Region {
         }
     }
 
+    pub(crate) fn fill(&self, range: WindowRange, byte: u8) {
+        for place in &self.bytes[range.start as usize..range.end as usize] {
+            place.store(byte, Ordering::Release);
+        }
+    }
+
     pub(crate) fn get(&self, range: WindowRange) -> Vec<u8> {
         let part = &self.bytes[range.start as usize..range.end as usize];
         part.iter().map(|b| b.load(Ordering::Acquire)).collect()

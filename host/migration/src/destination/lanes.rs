@@ -1,14 +1,12 @@
 //! The page lanes of a session: a thread behind each places pages in guest RAM and notes what has
 //! come.
 
-use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use dunlin_guest::{Memory, PAGE_SIZE, PageIndex};
-use dunlin_lane::{LaneError, LaneEvent, PageReceiver, Window};
+use dunlin_lane::{LaneError, LaneEvent, PageReceiver};
 
 use super::inventory::Inventory;
 use super::preparing;
@@ -154,7 +152,7 @@ impl Lanes {
         };
         let preparer = preparing::start(inventory.memory().clone(), lanes.stop.clone())?;
         for (index, mut lane) in receivers.into_iter().enumerate() {
-            for window in windows(inventory.memory()) {
+            for window in pages::windows(inventory.memory()) {
                 lane.grant(window, Instant::now() + GRANT)?;
             }
             let body = Body {
@@ -189,20 +187,6 @@ impl Drop for Lanes {
     fn drop(&mut self) {
         self.stop.cancel();
     }
-}
-
-/// Guest RAM as windows, one for each stretch that is contiguous here.
-fn windows(memory: &Memory) -> Vec<Window> {
-    let windows = memory.regions().filter_map(|region| {
-        let start: NonNull<u8> = memory.host_page(PageIndex(region.offset / PAGE_SIZE))?;
-        let range = region.offset..region.offset + region.size;
-        let keep = Arc::new(memory.clone());
-        // SAFETY: the mapping of a region is as long as the region, and `keep` holds it. Guest
-        // RAM is never behind a Rust reference: whoever reads or writes it copies raw bytes.
-        #[expect(unsafe_code, reason = "lanes place pages without a copy")]
-        Some(unsafe { Window::new(range, start, keep) })
-    });
-    windows.collect()
 }
 
 struct Body {

@@ -159,12 +159,14 @@ impl Lanes {
         let (sender, done) = channel();
         let bytes: Arc<[AtomicU64]> = lanes.iter().map(|_| AtomicU64::new(0)).collect();
         let mut workers = Vec::new();
-        for (index, lane) in lanes.into_iter().enumerate() {
+        for (index, mut lane) in lanes.into_iter().enumerate() {
             let (jobs, inbox) = channel();
             let cpu = Arc::new(AtomicU64::new(0));
             let body = Body {
                 packer: Packer::new(surroundings.memory.clone(), surroundings.batch_pages),
                 advice: Advice::new(surroundings.compression),
+                squeeze: None,
+                lends: lend(&mut *lane, &surroundings.memory)?,
                 lane,
                 index,
                 surroundings: surroundings.clone(),
@@ -285,6 +287,15 @@ impl Lanes {
     }
 }
 
+/// Lends guest memory to a lane, if it takes it: then pages need not be copied for it.
+fn lend(lane: &mut dyn PageSender, memory: &Memory) -> Result<bool, MigrationError> {
+    let mut lends = true;
+    for window in pages::windows(memory) {
+        lends &= lane.lend(window, Instant::now() + SLICE)?;
+    }
+    Ok(lends)
+}
+
 fn lane_thread_lost() -> MigrationError {
     MigrationError::Host {
         what: "a thread of a page lane, which ended",
@@ -296,7 +307,11 @@ fn lane_thread_lost() -> MigrationError {
 struct Body {
     packer: Packer,
     advice: Advice,
+    /// Is the present batch to be compressed? Decided at its first page.
+    squeeze: Option<Squeeze>,
     lane: Box<dyn PageSender>,
+    /// The lane reads guest memory by itself.
+    lends: bool,
     index: usize,
     surroundings: Surroundings,
     bytes: Arc<[AtomicU64]>,
@@ -373,6 +388,17 @@ impl Body {
     }
 
     fn add(&mut self, page: PageIndex, work: &Work) -> Result<(), MigrationError> {
+        if self.squeeze.is_none() {
+            let squeeze = if self.advice.compress() {
+                Squeeze::Yes
+            } else {
+                Squeeze::No
+            };
+            self.squeeze = Some(squeeze);
+            let lent = self.lends && squeeze == Squeeze::No && work.sent.is_none();
+            let room = self.lane.traits().buffer_bytes;
+            self.packer.begin(lent.then_some(room));
+        }
         if self.packer.needs_buffer() {
             let buffer = self.patiently(|lane, deadline| lane.buffer(deadline))?;
             self.packer.fill_into(buffer);
@@ -387,15 +413,12 @@ impl Body {
         if work.is_stopped() || !self.wait_for_turn(work)? {
             work.stop();
             self.packer.discard(&mut *self.lane, sent);
+            self.squeeze = None;
             return Ok(false);
         }
         let batch = self.packer.counts();
         let begun = Instant::now();
-        let squeeze = if self.advice.compress() {
-            Squeeze::Yes
-        } else {
-            Squeeze::No
-        };
+        let squeeze = self.squeeze.take().unwrap_or(Squeeze::No);
         let deadline = begun + SLICE;
         let flushed = self
             .packer

@@ -16,10 +16,14 @@ pub(super) const BATCH_PAGES: usize = 128;
 const MAX_SAME: u32 = 1 << 16;
 
 /// Pages on their way into one lane. What is copied out of guest memory is what is checked for
-/// zeros, hashed, compressed and sent: the guest may write on meanwhile.
+/// zeros, hashed, compressed and sent: the guest may write on meanwhile. Where pages are neither
+/// hashed nor compressed, a lane may read them from guest memory itself: what the guest writes after
+/// they were looked at, it has marked as dirty.
 pub(super) struct Packer {
     memory: Memory,
     limit: usize,
+    /// The lane reads the pages of this batch itself.
+    lent: bool,
     buffer: Option<Buffer>,
     placements: Vec<Placement>,
     pages: usize,
@@ -54,6 +58,7 @@ impl Packer {
         Self {
             memory,
             limit: limit.clamp(1, BATCH_PAGES.min(MAX_PAGES)),
+            lent: false,
             buffer: None,
             placements: Vec::new(),
             pages: 0,
@@ -78,9 +83,17 @@ impl Packer {
         self.pages == 0 && self.zero.is_empty() && self.same == 0
     }
 
+    /// Begins a batch: of lent memory, of which `room` bytes fit into a write, or of copies.
+    pub(super) fn begin(&mut self, lent: Option<usize>) {
+        self.lent = lent.is_some();
+        if let Some(room) = lent {
+            self.limit = self.limit.min(room / PAGE).max(1);
+        }
+    }
+
     /// The buffer to fill.
     pub(super) fn needs_buffer(&self) -> bool {
-        self.buffer.is_none()
+        !self.lent && self.buffer.is_none()
     }
 
     /// Gives it a buffer of the lane.
@@ -96,6 +109,15 @@ impl Packer {
 
     /// Copies a page, unless it is zero or `sent` knows that the destination has it.
     pub(super) fn add(&mut self, page: PageIndex, sent: Option<&Sent>) {
+        if self.lent {
+            if self.is_zero(page) {
+                runs::push(&mut self.zero, page);
+            } else {
+                self.pages += 1;
+                runs::push(&mut self.stored, page);
+            }
+            return;
+        }
         let Some(buffer) = &mut self.buffer else {
             return;
         };
@@ -119,6 +141,13 @@ impl Packer {
         }
     }
 
+    fn is_zero(&self, page: PageIndex) -> bool {
+        let mut copy = [0; PAGE];
+        self.memory.looks_zero(page)
+            && self.memory.read_page(page, &mut copy)
+            && pages::is_zero(&copy)
+    }
+
     /// Posts what waits; the ticket is of the last operation.
     pub(super) fn flush(
         &mut self,
@@ -132,8 +161,12 @@ impl Packer {
             bytes: self.pages * PAGE,
             compressing: None,
         };
-        let buffer = self.buffer.take().filter(|_| self.pages > 0);
-        if let Some(buffer) = buffer {
+        if self.lent && self.pages > 0 {
+            self.place();
+            posted(lane.write_lent(&self.placements, deadline))?;
+        } else if self.pages > 0
+            && let Some(buffer) = self.buffer.take()
+        {
             if squeeze == Squeeze::Yes {
                 let begun = Instant::now();
                 let block = self.compress(round, buffer.filled());
@@ -249,7 +282,49 @@ pub(super) fn posted(result: Result<Ticket, LaneError>) -> Result<(), LaneError>
 
 #[cfg(test)]
 mod tests {
+    use dunlin_lane::memory::MemoryLane;
+
     use super::*;
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(10)
+    }
+
+    #[test]
+    fn batches_of_zeros_use_up_no_buffers() {
+        let (mut lane, _other) = dunlin_lane::memory::pair(MemoryLane::default());
+        let mut packer = Packer::new(Memory::new(1 << 20).unwrap(), BATCH_PAGES);
+        for round in 0..2 * lane.traits().buffers as u32 {
+            if packer.needs_buffer() {
+                packer.fill_into(lane.buffer(soon()).unwrap());
+            }
+            packer.add(PageIndex(3), None);
+            assert_eq!(packer.counts().zero_pages, 1);
+            packer.flush(&mut lane, round, Squeeze::No, soon()).unwrap();
+        }
+    }
+
+    #[test]
+    fn lent_pages_of_zeros_are_told_and_not_sent() {
+        let memory = Memory::new(1 << 20).unwrap();
+        let mut page = [0; PAGE];
+        // Where the first look does not look.
+        page[9] = 1;
+        memory.write_page(PageIndex(5), &page);
+        let mut packer = Packer::new(memory, BATCH_PAGES);
+        packer.begin(Some(1 << 20));
+        assert!(!packer.needs_buffer());
+        (4..7).for_each(|page| packer.add(PageIndex(page), None));
+        let counts = packer.counts();
+        assert_eq!((counts.pages, counts.zero_pages), (1, 2));
+        assert_eq!(
+            packer.stored,
+            [Run {
+                first: PageIndex(5),
+                count: 1
+            }]
+        );
+    }
 
     #[test]
     fn no_placement_crosses_into_another_region() {

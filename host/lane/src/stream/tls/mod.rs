@@ -1,19 +1,19 @@
 //! TLS 1.3 with certificates on both sides, as a [`Transport`](super::Transport).
 //!
 //! rustls walks the handshake: it checks certificates, agrees on keys, and derives new ones. The
-//! records that follow are sealed and opened here, where they lie: from the sender's buffer into the
-//! one that the kernel reads, and from the one that the kernel has written into the memory where
+//! records that follow are sealed and opened here: from the memory that the bytes are in into the
+//! buffer that the kernel reads, and from the one that the kernel has written into the memory where
 //! the bytes belong. That saves copies and allocations for each record, which count as much as
 //! the cipher itself.
 //!
 //! The handshake takes place in the first call that reads or writes, within that call's deadline, so
 //! that whoever accepts connections is not held up by it.
 
+mod cipher;
 mod connect;
 mod handshake;
 mod identity;
 mod records;
-mod sealed;
 mod session;
 mod targets;
 mod transport;
@@ -74,7 +74,7 @@ pub enum TlsFailure {
     Suite,
     /// The cipher refused to work.
     #[error("the cipher failed")]
-    Cipher(#[source] ring::error::Unspecified),
+    Cipher,
     /// A message of the handshake is larger than is bearable.
     #[error("a message of the handshake is too large")]
     Encode(#[source] EncodeError),

@@ -1,11 +1,13 @@
-//! Records of TLS 1.3 (RFC 8446, section 5), sealed and opened where they lie.
+//! Records of TLS 1.3 (RFC 8446, section 5).
 
 use std::io::IoSlice;
+use std::ptr::NonNull;
 
-use ring::aead::{self, Aad, LessSafeKey, Nonce, UnboundKey};
 use rustls::ConnectionTrafficSecrets;
 
 use super::TlsFailure;
+use super::cipher::{Cipher, NONCE, Record, TAG};
+use crate::stream::RawSlice;
 
 /// Bytes in front of a record.
 pub(super) const HEADER: usize = 5;
@@ -17,8 +19,6 @@ const MAX_SEALED: usize = MAX_PLAIN + 256;
 pub(super) const MAX_RECORD: usize = HEADER + MAX_SEALED;
 /// Bytes that a record of data is larger than what it carries.
 const OVERHEAD: usize = HEADER + 1 + TAG;
-const TAG: usize = 16;
-const NONCE: usize = 12;
 /// Records under one key. The weakest suite bears 2^24 full ones (RFC 8446, section 5.5).
 pub(super) const RECORDS_PER_KEY: u64 = 1 << 23;
 
@@ -28,7 +28,7 @@ pub(super) const DATA: u8 = 23;
 
 /// What protects one direction, until the next key.
 pub(super) struct Keys {
-    key: LessSafeKey,
+    cipher: Cipher,
     iv: [u8; NONCE],
     sequence: u64,
 }
@@ -36,20 +36,10 @@ pub(super) struct Keys {
 impl Keys {
     pub(super) fn new(secrets: (u64, ConnectionTrafficSecrets)) -> Result<Self, TlsFailure> {
         let (sequence, secrets) = secrets;
-        let (algorithm, key, iv) = match &secrets {
-            ConnectionTrafficSecrets::Aes128Gcm { key, iv } => (&aead::AES_128_GCM, key, iv),
-            ConnectionTrafficSecrets::Aes256Gcm { key, iv } => (&aead::AES_256_GCM, key, iv),
-            ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => {
-                (&aead::CHACHA20_POLY1305, key, iv)
-            }
-            _ => return Err(TlsFailure::Suite),
-        };
-        let key = UnboundKey::new(algorithm, key.as_ref()).map_err(TlsFailure::Cipher)?;
-        let mut bytes = [0; NONCE];
-        bytes.copy_from_slice(iv.as_ref().get(..NONCE).ok_or(TlsFailure::Suite)?);
+        let (cipher, iv) = Cipher::new(&secrets)?;
         Ok(Self {
-            key: LessSafeKey::new(key),
-            iv: bytes,
+            cipher,
+            iv,
             sequence,
         })
     }
@@ -60,13 +50,13 @@ impl Keys {
     }
 
     /// The nonce of the next record; no two records have the same.
-    fn nonce(&mut self) -> Nonce {
+    fn nonce(&mut self) -> [u8; NONCE] {
         let mut nonce = self.iv;
         for (byte, number) in nonce[4..].iter_mut().zip(self.sequence.to_be_bytes()) {
             *byte ^= number;
         }
         self.sequence += 1;
-        Nonce::assume_unique_for_key(nonce)
+        nonce
     }
 
     /// Appends one record with the first bytes of `plain`, as many as it takes, and drops them
@@ -77,68 +67,112 @@ impl Keys {
         plain: &mut &mut [IoSlice<'_>],
         to: &mut Vec<u8>,
     ) -> Result<usize, TlsFailure> {
-        let start = to.len();
-        to.extend_from_slice(&[DATA, 3, 3, 0, 0]);
-        let mut taken = 0;
-        while taken < MAX_PLAIN
-            && let Some(first) = plain.first()
-        {
-            let count = first.len().min(MAX_PLAIN - taken);
-            to.extend_from_slice(&first[..count]);
-            IoSlice::advance_slices(plain, count);
-            taken += count;
-        }
-        to.push(kind);
-        let sealed = (taken + 1 + TAG) as u16;
-        to[start + 3..start + HEADER].copy_from_slice(&sealed.to_be_bytes());
-        let (header, content) = to[start..].split_at_mut(HEADER);
-        let nonce = self.nonce();
-        let tag = self
-            .key
-            .seal_in_place_separate_tag(nonce, Aad::from(&*header), content)
-            .map_err(TlsFailure::Cipher)?;
-        to.extend_from_slice(tag.as_ref());
+        let mut small = Vec::new();
+        let first = plain.first().map_or(0, |first| first.len());
+        let taken = if first >= MAX_PLAIN || plain.len() == 1 {
+            let taken = first.min(MAX_PLAIN);
+            self.seal_raw(kind, readable(&plain[0][..taken]), to)?;
+            IoSlice::advance_slices(plain, taken);
+            taken
+        } else {
+            while small.len() < MAX_PLAIN
+                && let Some(first) = plain.first()
+            {
+                let count = first.len().min(MAX_PLAIN - small.len());
+                small.extend_from_slice(&first[..count]);
+                IoSlice::advance_slices(plain, count);
+            }
+            self.seal_raw(kind, readable(&small), to)?;
+            small.len()
+        };
         Ok(taken)
     }
 
-    /// Encrypts a full record's content where it lies: all of `content` but its last byte, which is
-    /// kept, as the next record's content begins with it. Gives what belongs in front of the content
-    /// and behind it.
-    pub(super) fn seal_in_place(
+    /// Appends one record with all of `content`, [`MAX_PLAIN`] bytes at most.
+    pub(super) fn seal_raw(
         &mut self,
         kind: u8,
-        content: &mut [u8; MAX_PLAIN + 1],
-    ) -> Result<([u8; HEADER], [u8; 1 + TAG]), TlsFailure> {
-        let [high, low] = ((MAX_PLAIN + 1 + TAG) as u16).to_be_bytes();
+        content: RawSlice,
+        to: &mut Vec<u8>,
+    ) -> Result<(), TlsFailure> {
+        let [high, low] = ((content.len() + 1 + TAG) as u16).to_be_bytes();
         let header = [DATA, 3, 3, high, low];
-        let kept = std::mem::replace(&mut content[MAX_PLAIN], kind);
         let nonce = self.nonce();
-        let tag = self
-            .key
-            .seal_in_place_separate_tag(nonce, Aad::from(&header), content)
-            .map_err(TlsFailure::Cipher)?;
-        let mut behind = [0; 1 + TAG];
-        behind[0] = std::mem::replace(&mut content[MAX_PLAIN], kept);
-        behind[1..].copy_from_slice(tag.as_ref());
-        Ok((header, behind))
+        self.cipher.seal(&nonce, &header, (content, kind), to)
     }
 
     /// Opens a whole record, as [`whole`] found it; gives its type, and where its content lies in
     /// it.
     pub(super) fn open(&mut self, record: &mut [u8]) -> Result<(u8, usize), TlsFailure> {
-        let (header, sealed) = record
-            .split_at_mut_checked(HEADER)
-            .ok_or(TlsFailure::Damaged)?;
         let nonce = self.nonce();
-        let Ok(content) = self.key.open_in_place(nonce, Aad::from(&*header), sealed) else {
-            return Err(TlsFailure::Damaged);
-        };
-        // Padding of zeros may follow the type.
-        let at = content.iter().rposition(|&byte| byte != 0);
-        let at = at
-            .filter(|&at| at <= MAX_PLAIN)
-            .ok_or(TlsFailure::Damaged)?;
-        Ok((content[at], at))
+        let mut record = parts(record)?;
+        self.cipher.open_in_place(&nonce, &mut record)?;
+        unpad(record.sealed)
+    }
+
+    /// Opens a whole record; data without padding goes to `to`, which has room for [`opened_bytes`]
+    /// of it: as many are overwritten, whatever the content.
+    pub(super) fn open_to(&mut self, record: &mut [u8], to: RawSlice) -> Result<Where, TlsFailure> {
+        let nonce = self.nonce();
+        let record = parts(record)?;
+        self.cipher.open(&nonce, &record, to)?;
+        let sealed = record.sealed;
+        let mut kind = [0];
+        let mut last = to;
+        let content = last.split_front(sealed.len() - 1);
+        last.copy_to(&mut kind);
+        if kind == [DATA] {
+            return Ok(Where::There(content.len()));
+        }
+        to.copy_to(sealed);
+        let (kind, length) = unpad(sealed)?;
+        Ok(Where::Here(kind, length))
+    }
+}
+
+/// Where a record's content is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Where {
+    /// Where it was to go: so many bytes of data.
+    There(usize),
+    /// In the record itself: its type, and bytes.
+    Here(u8, usize),
+}
+
+/// Bytes that opening a record writes.
+pub(super) fn opened_bytes(record: usize) -> usize {
+    record.saturating_sub(HEADER + TAG)
+}
+
+/// Takes a record apart.
+fn parts(record: &mut [u8]) -> Result<Record<'_>, TlsFailure> {
+    let (header, sealed) = record
+        .split_at_mut_checked(HEADER)
+        .ok_or(TlsFailure::Damaged)?;
+    let length = sealed.len().checked_sub(TAG).filter(|&length| length > 0);
+    let (sealed, tag) = sealed.split_at_mut(length.ok_or(TlsFailure::Damaged)?);
+    Ok(Record {
+        header,
+        sealed,
+        tag,
+    })
+}
+
+/// The type of what was opened, and the bytes before it: padding of zeros may follow.
+fn unpad(content: &[u8]) -> Result<(u8, usize), TlsFailure> {
+    let at = content.iter().rposition(|&byte| byte != 0);
+    let at = at
+        .filter(|&at| at <= MAX_PLAIN)
+        .ok_or(TlsFailure::Damaged)?;
+    Ok((content[at], at))
+}
+
+/// Bytes that are only read, by address.
+fn readable(bytes: &[u8]) -> RawSlice {
+    // SAFETY: the memory is borrowed for as long as the callers use the slice, and they read it.
+    #[expect(unsafe_code, reason = "the cipher reads by address")]
+    unsafe {
+        RawSlice::new(NonNull::from(bytes).cast(), bytes.len())
     }
 }
 

@@ -8,8 +8,8 @@ use rustls::server::ServerConnectionData;
 use rustls::{ConnectionTrafficSecrets, ExtractedSecrets};
 
 use super::TlsFailure;
-use super::records::{ALERT, DATA, HANDSHAKE, Keys, MAX_PLAIN, RECORDS_PER_KEY};
-use super::sealed::Sealed;
+use super::records::{ALERT, DATA, HANDSHAKE, HEADER, Keys, MAX_PLAIN, RECORDS_PER_KEY, Where};
+use crate::stream::RawSlice;
 
 const CLOSE_NOTIFY: u8 = 0;
 const WARNING: u8 = 1;
@@ -48,6 +48,15 @@ pub(super) enum Opened {
     Nothing,
     /// The peer has said that it sends no more.
     End,
+}
+
+/// Where data went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Landed {
+    /// Where it was to go, so many bytes.
+    There(usize),
+    /// It is in the record, or there is none.
+    Here(Opened),
 }
 
 /// The keys of both directions.
@@ -96,28 +105,23 @@ impl Session {
         Ok(taken)
     }
 
-    /// Seals `head`, and `payload` where it lies.
-    pub(super) fn seal_through(
+    /// Seals up to `limit` bytes of memory that others may write meanwhile; says how many.
+    pub(super) fn seal_raw(
         &mut self,
-        head: &[u8],
-        payload: &mut [u8],
-        sealed: &mut Sealed,
-    ) -> Result<(), TlsFailure> {
-        self.seal(&mut [IoSlice::new(head)], head.len(), sealed.frames())?;
-        let mut at = 0;
-        // The last byte of each belongs to the record behind it.
-        while let Some(content) = payload[at..].first_chunk_mut() {
-            self.renew(sealed.frames())?;
-            let (before, behind) = self.send.seal_in_place(DATA, content)?;
-            sealed.frames().extend_from_slice(&before);
-            sealed.piece(at..at + MAX_PLAIN);
-            sealed.frames().extend_from_slice(&behind);
-            at += MAX_PLAIN;
+        plain: &[RawSlice],
+        limit: usize,
+        to: &mut Vec<u8>,
+    ) -> Result<usize, TlsFailure> {
+        let mut taken = 0;
+        for mut slice in plain.iter().copied() {
+            while taken < limit && !slice.is_empty() {
+                self.renew(to)?;
+                let content = slice.split_front(MAX_PLAIN);
+                self.send.seal_raw(DATA, content, to)?;
+                taken += content.len();
+            }
         }
-        let rest = &payload[at..];
-        self.seal(&mut [IoSlice::new(rest)], rest.len(), sealed.frames())?;
-        sealed.complete();
-        Ok(())
+        Ok(taken)
     }
 
     /// Changes keys when that is due.
@@ -150,9 +154,29 @@ impl Session {
     /// Opens a whole record where it lies.
     pub(super) fn open(&mut self, record: &mut [u8]) -> Result<Opened, TlsFailure> {
         let (kind, length) = self.receive.open(record)?;
-        let content = &record[super::records::HEADER..][..length];
+        self.heed(kind, &record[HEADER..][..length])
+    }
+
+    /// Opens a whole record; data goes to `to`, and whatever lies there behind the data may have been
+    /// overwritten.
+    pub(super) fn open_to(
+        &mut self,
+        record: &mut [u8],
+        to: RawSlice,
+    ) -> Result<Landed, TlsFailure> {
+        match self.receive.open_to(record, to)? {
+            Where::There(count) => Ok(Landed::There(count)),
+            Where::Here(kind, length) => {
+                let opened = self.heed(kind, &record[HEADER..][..length])?;
+                Ok(Landed::Here(opened))
+            }
+        }
+    }
+
+    /// What a record of this type and content means.
+    fn heed(&mut self, kind: u8, content: &[u8]) -> Result<Opened, TlsFailure> {
         match (kind, content) {
-            (DATA, _) => Ok(Opened::Data(length)),
+            (DATA, _) => Ok(Opened::Data(content.len())),
             (ALERT, &[_, CLOSE_NOTIFY]) => Ok(Opened::End),
             (ALERT, &[_, alert]) => Err(TlsFailure::Refused {
                 alert: alert.into(),

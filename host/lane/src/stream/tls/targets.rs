@@ -35,6 +35,19 @@ impl<'a> Targets<'a> {
         }
     }
 
+    /// The place that is filled next.
+    pub(super) fn room(&self) -> Option<RawSlice> {
+        self.first.filter(|first| !first.is_empty())
+    }
+
+    /// So many bytes of the room have been filled.
+    pub(super) fn filled(&mut self, count: usize) {
+        if let Some(first) = &mut self.first {
+            self.done += first.split_front(count).len();
+        }
+        self.next();
+    }
+
     /// Is there no room left?
     pub(super) fn are_full(&self) -> bool {
         self.first.is_none_or(|first| first.is_empty())

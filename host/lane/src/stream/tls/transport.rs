@@ -9,9 +9,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::handshake::{Handshake, Need};
-use super::records::{HEADER, MAX_RECORD, room_for, whole};
-use super::sealed::Sealed;
-use super::session::{Opened, Session};
+use super::records::{HEADER, MAX_RECORD, opened_bytes, room_for, whole};
+use super::session::{Landed, Opened, Session};
 use super::targets::Targets;
 use super::{TlsFailure, TlsIdentity, TlsName};
 use crate::stream::{RawSlice, StreamTraits, Transport, TransportError};
@@ -24,6 +23,8 @@ const SEAL: usize = 256 << 10;
 /// better, but each read lets the kernel wake the sender and send for it: with 128 KiB the receiver
 /// was measured to spend nearly twice the time.
 const READ: usize = 512 << 10;
+/// Records of at least so many bytes are decrypted to where they belong.
+const DIRECT: usize = 4 << 10;
 /// How long a refused peer may take to hear why.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 /// Records without content in one call, at most.
@@ -59,8 +60,6 @@ pub struct TlsTransport {
     sent: usize,
     /// Bytes of the caller that are in `outgoing`, and of which it does not know yet.
     taken: usize,
-    /// What goes by [`Transport::write_through`].
-    sealed: Sealed,
 }
 
 impl TlsTransport {
@@ -112,7 +111,6 @@ impl TlsTransport {
             outgoing: Vec::new(),
             sent: 0,
             taken: 0,
-            sealed: Sealed::default(),
         }
     }
 
@@ -232,8 +230,9 @@ impl TlsTransport {
         Ok(())
     }
 
-    /// Opens the next record that is here as a whole; false when there is none.
-    fn open_record(&mut self) -> Result<bool, TlsFailure> {
+    /// Opens the next record that is here as a whole; false when there is none. Data goes to `targets`
+    /// at once where it fits, otherwise it is `plain`.
+    fn open_record(&mut self, targets: &mut Targets<'_>) -> Result<bool, TlsFailure> {
         let session = match &mut self.state {
             State::Open(session) => session,
             _ => return Ok(false),
@@ -242,7 +241,23 @@ impl TlsTransport {
         let Some(length) = whole(bytes)? else {
             return Ok(false);
         };
-        match session.open(&mut bytes[..length])? {
+        let record = &mut bytes[..length];
+        // What is small is likelier to be followed by something else than to be worth a write by
+        // address.
+        let room = targets.room().filter(|room| {
+            length >= DIRECT && self.plain.is_empty() && room.len() >= opened_bytes(length)
+        });
+        let opened = match room {
+            Some(room) => match session.open_to(record, room)? {
+                Landed::There(count) => {
+                    targets.filled(count);
+                    Opened::Nothing
+                }
+                Landed::Here(opened) => opened,
+            },
+            None => session.open(record)?,
+        };
+        match opened {
             Opened::Data(count) => {
                 let content = self.start + HEADER;
                 self.plain = content..content + count;
@@ -282,9 +297,10 @@ impl TlsTransport {
             if !self.plain.is_empty() || targets.are_full() {
                 return Ok(targets.done());
             }
-            match self.open_record() {
+            let before = targets.done();
+            match self.open_record(&mut targets) {
                 Ok(true) => {
-                    empty += usize::from(self.plain.is_empty());
+                    empty += usize::from(self.plain.is_empty() && targets.done() == before);
                     if empty > MAX_EMPTY {
                         return Err(self.failed(TlsFailure::Damaged));
                     }
@@ -365,64 +381,22 @@ impl Transport for TlsTransport {
     }
 
     fn write(&mut self, from: &[IoSlice<'_>], deadline: Instant) -> Result<usize, TransportError> {
-        self.handshake(deadline)?;
-        if self.taken == 0 {
-            self.flush(deadline)?;
-            let session = match &mut self.state {
-                State::Open(session) | State::Ended(session) => session,
-                State::Handshake(_) | State::Failed(_) => return Err(self.over()),
-            };
+        self.write_sealed(deadline, |session, to| {
             let offered = from.iter().map(|slice| slice.len()).sum();
-            let mut plain = from.to_vec();
-            self.outgoing.reserve(room_for(SEAL.min(offered)));
-            match session.seal(&mut plain, SEAL, &mut self.outgoing) {
-                Ok(taken) => self.taken = taken,
-                Err(failure) => return Err(self.failed(failure)),
-            }
-        }
-        match self.flush(deadline) {
-            Ok(()) => Ok(std::mem::take(&mut self.taken)),
-            Err(TransportError::Closed { peer }) => Err(self.last_words(peer)),
-            Err(error) => Err(error),
-        }
+            to.reserve(room_for(SEAL.min(offered)));
+            session.seal(&mut from.to_vec(), SEAL, to)
+        })
     }
 
-    fn write_through(
-        &mut self,
-        head: &[u8],
-        payload: &mut [u8],
-        sent: &mut usize,
-        deadline: Instant,
-    ) -> Result<(), TransportError> {
-        self.handshake(deadline)?;
-        let all = head.len() + payload.len();
-        let flushed = self.flush(deadline).and_then(|()| {
-            // A write that a deadline held back began with the same bytes.
-            *sent += std::mem::take(&mut self.taken);
-            if self.sealed.is_gone() && *sent < all {
-                let of_head = head.len().min(*sent);
-                let of_payload = *sent - of_head;
-                self.sealed.begin(of_payload);
-                self.seal_through(&head[of_head..], &mut payload[of_payload..])?;
-            }
-            while !self.sealed.is_gone() {
-                let count = self.below.write(&self.sealed.rest(payload), deadline)?;
-                self.sealed.advance(count);
-                // Records are larger than what is in them.
-                *sent = (*sent + count).min(all - 1);
-            }
-            *sent = all;
-            Ok(())
-        });
-        match flushed {
-            Err(TransportError::Closed { peer }) => Err(self.last_words(peer)),
-            result => result,
-        }
+    fn write_raw(&mut self, from: &[RawSlice], deadline: Instant) -> Result<usize, TransportError> {
+        self.write_sealed(deadline, |session, to| {
+            to.reserve(room_for(SEAL));
+            session.seal_raw(from, SEAL, to)
+        })
     }
 
     fn shutdown(&mut self, how: Shutdown) {
         if how != Shutdown::Read
-            && self.sealed.is_gone()
             && let State::Open(session) | State::Ended(session) = &mut self.state
             && session.seal_end(&mut self.outgoing).is_ok()
         {
@@ -438,13 +412,29 @@ impl Transport for TlsTransport {
 }
 
 impl TlsTransport {
-    fn seal_through(&mut self, head: &[u8], payload: &mut [u8]) -> Result<(), TransportError> {
-        let session = match &mut self.state {
-            State::Open(session) | State::Ended(session) => session,
-            State::Handshake(_) | State::Failed(_) => return Err(self.over()),
-        };
-        let result = session.seal_through(head, payload, &mut self.sealed);
-        result.map_err(|failure| self.failed(failure))
+    /// Writes what `seal` makes of the caller's bytes; says how many of them that were.
+    fn write_sealed(
+        &mut self,
+        deadline: Instant,
+        seal: impl FnOnce(&mut Session, &mut Vec<u8>) -> Result<usize, TlsFailure>,
+    ) -> Result<usize, TransportError> {
+        self.handshake(deadline)?;
+        if self.taken == 0 {
+            self.flush(deadline)?;
+            let session = match &mut self.state {
+                State::Open(session) | State::Ended(session) => session,
+                State::Handshake(_) | State::Failed(_) => return Err(self.over()),
+            };
+            match seal(session, &mut self.outgoing) {
+                Ok(taken) => self.taken = taken,
+                Err(failure) => return Err(self.failed(failure)),
+            }
+        }
+        match self.flush(deadline) {
+            Ok(()) => Ok(std::mem::take(&mut self.taken)),
+            Err(TransportError::Closed { peer }) => Err(self.last_words(peer)),
+            Err(error) => Err(error),
+        }
     }
 
     /// The peer hung up: if it has said why, that is the error.
@@ -453,7 +443,7 @@ impl TlsTransport {
         let mut records = 0;
         while records <= MAX_EMPTY && self.plain.is_empty() && matches!(self.state, State::Open(_))
         {
-            match self.open_record() {
+            match self.open_record(&mut Targets::new(&[])) {
                 Ok(true) => records += 1,
                 Ok(false) => match self.read_below(self.appetite, deadline) {
                     Ok(()) => {}
