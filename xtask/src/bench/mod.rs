@@ -162,19 +162,7 @@ fn print(bench: &'static str, rows: &[Row], json: bool) -> anyhow::Result<()> {
             "row", "value", "unit", "limit"
         );
         for row in rows {
-            let value = row
-                .value
-                .map_or("-".to_owned(), |value| format!("{value:.3}"));
-            let mut range = match (row.min, row.max) {
-                (Some(min), Some(max)) => format!("{min:.3}..{max:.3} "),
-                _ => String::new(),
-            };
-            range.push_str(row.why.as_deref().unwrap_or_default().trim_end());
-            let mark = if row.holds { "" } else { "  MISSED" };
-            println!(
-                "{:<32} {value:>10} {:<24} {:<10} {}  {range}{mark}",
-                row.name, row.unit, row.limit, row.n
-            );
+            println!("{row}");
         }
     }
     let results = Results {
@@ -193,6 +181,25 @@ fn print(bench: &'static str, rows: &[Row], json: bool) -> anyhow::Result<()> {
         bail!("missed: {}", missed.join(", "));
     }
     Ok(())
+}
+
+impl std::fmt::Display for Row {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let value = self
+            .value
+            .map_or("-".to_owned(), |value| format!("{value:.3}"));
+        let mut range = match (self.min, self.max) {
+            (Some(min), Some(max)) => format!("{min:.3}..{max:.3} "),
+            _ => String::new(),
+        };
+        range.push_str(self.why.as_deref().unwrap_or_default().trim_end());
+        let mark = if self.holds { "" } else { "  MISSED" };
+        write!(
+            f,
+            "{:<32} {value:>10} {:<24} {:<10} {}  {range}{mark}",
+            self.name, self.unit, self.limit, self.n
+        )
+    }
 }
 
 fn median(values: &[f64]) -> Option<f64> {

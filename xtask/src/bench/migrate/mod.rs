@@ -182,6 +182,10 @@ pub(super) fn run(arguments: &MigrateArguments) -> anyhow::Result<()> {
             let missing = |row: &(&str, &'static str)| Row::missing(row.0, row.1, why.clone());
             group.rows.iter().map(missing).collect()
         });
+        // A long run says what it has found so far.
+        for row in &measured {
+            eprintln!("{row}");
+        }
         rows.extend(measured);
     }
     print("migrate", &rows, arguments.json)
