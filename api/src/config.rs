@@ -193,6 +193,10 @@ pub struct VmConfig {
     /// Where the bytes go that the guest writes to its debug port; no such port when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub debug_console: Option<DebugConsoleConfig>,
+    /// The software CPU interprets all that it translates as well, and the VM ends when the two
+    /// differ.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub verify: bool,
 }
 
 /// Why a configuration cannot be.
@@ -227,6 +231,12 @@ pub enum ConfigError {
         name: VmName,
         /// What was asked for.
         cpus: u32,
+    },
+    /// Verification is for one processor of the software CPU.
+    #[error("VM \"{name}\" cannot be verified: that takes engine \"soft\" and one processor")]
+    Verify {
+        /// The VM.
+        name: VmName,
     },
     /// The command line is too long or holds a zero byte.
     #[error(
@@ -302,6 +312,9 @@ impl VmConfig {
         let cpus = self.cpus;
         if !(1..=MAX_CPUS).contains(&cpus) {
             return Err(ConfigError::Cpus { name: name(), cpus });
+        }
+        if self.verify && (self.engine != EngineChoice::Soft || cpus != 1) {
+            return Err(ConfigError::Verify { name: name() });
         }
         let bytes = self.command_line.len();
         if bytes > MAX_COMMAND_LINE || self.command_line.contains('\0') {
@@ -387,6 +400,7 @@ mod tests {
             baseline: None,
             on_reboot: OnReboot::Restart,
             debug_console: Some(DebugConsoleConfig::File("/tmp/debug".into())),
+            verify: false,
         }
     }
 

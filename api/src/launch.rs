@@ -170,6 +170,7 @@ mod tests {
             baseline: None,
             on_reboot: OnReboot::Restart,
             debug_console: None,
+            verify: false,
         };
         let before = config.macs();
         Overrides {

@@ -1,6 +1,7 @@
 //! A software CPU over a little RAM, which something always brings back from endless loops.
 
 use std::ptr::NonNull;
+use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
@@ -10,7 +11,7 @@ use dunlin_x86::kvmclock::GuestClock;
 use dunlin_x86::lapic::{InterruptRouter, Mailbox};
 use dunlin_x86::memory::{PhysicalMemory, RamPage};
 use dunlin_x86::state::{CpuState, DescriptorTable, Segment, segment};
-use dunlin_x86::{CodeMap, Cpu, CpuConfig, Stop};
+use dunlin_x86::{CodeMap, Cpu, CpuConfig, Stop, Translation};
 
 /// Bytes of RAM.
 pub const RAM: u64 = 256 << 10;
@@ -94,6 +95,7 @@ impl Machine {
             clock: Arc::new(GuestClock::new(2_000_000)),
             code: Arc::new(CodeMap::new()),
             mark: std::num::NonZeroU8::MIN,
+            translation: Translation::Verified(NonZeroU32::MIN),
         };
         let memory = Arc::clone(&ram) as Arc<dyn PhysicalMemory>;
         let cpu = Cpu::new(config, memory, Arc::clone(&mailbox), Arc::new(Alone));
@@ -201,6 +203,7 @@ impl Machine {
                 Stop::Halted => self.mailbox.post_nmi(),
                 Stop::EndOfInterrupt { .. } => {}
                 Stop::Shutdown | Stop::Kicked => break,
+                Stop::Differs => panic!("{}", self.cpu.difference().unwrap_or_default()),
             }
         }
         drop(watched);

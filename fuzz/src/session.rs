@@ -23,6 +23,7 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -43,6 +44,9 @@ const PATIENCE: Duration = Duration::from_millis(50);
 
 /// For the destination's threads to end, where leaks are looked for.
 const ENDED: Duration = Duration::from_secs(2);
+/// Whoever plays a script waits until the destination's threads have ended: for a process that has no
+/// others, and in which leaks are looked for.
+pub static WAITS: AtomicBool = AtomicBool::new(false);
 
 /// Plays a script to a destination that listens in `folder`; returns what that said on the control
 /// connection.
@@ -77,7 +81,7 @@ pub fn play(script: &[u8], folder: &Path) -> Vec<u8> {
     let _gone = std::fs::remove_file(&door);
     // What a thread that is about to end still has is no leak.
     let patience = Instant::now() + ENDED;
-    while cfg!(fuzzing) && self::threads() > threads && Instant::now() < patience {
+    while WAITS.load(Ordering::Relaxed) && self::threads() > threads && Instant::now() < patience {
         std::thread::sleep(Duration::from_millis(1));
     }
     heard.unwrap_or_default()

@@ -5,6 +5,9 @@
 use dunlin_fuzz::session;
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(init: dunlin_fuzz::survive_hang_ups(), |script: &[u8]| {
+fuzz_target!(init: {
+    dunlin_fuzz::survive_hang_ups();
+    session::WAITS.store(true, std::sync::atomic::Ordering::Relaxed);
+}, |script: &[u8]| {
     session::play(script, dunlin_fuzz::folder());
 });

@@ -14,7 +14,7 @@ use dunlin_x86::kvmclock::GuestClock;
 use dunlin_x86::lapic::{InterruptRouter, Mailbox};
 use dunlin_x86::memory::{PhysicalMemory, RamPage};
 use dunlin_x86::state::{Segment, segment};
-use dunlin_x86::{CodeMap, Cpu, CpuConfig, Stop, cpuid};
+use dunlin_x86::{CodeMap, Cpu, CpuConfig, Stop, Translation, cpuid};
 
 const RAM: usize = 512 << 20;
 const COMMAND_LINE: &str = "earlyprintk=serial,ttyS0,115200,keep panic=-1 acpi=off reboot=k";
@@ -171,6 +171,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         clock: Arc::new(GuestClock::new(2_600_000)),
         code: Arc::new(CodeMap::new()),
         mark: std::num::NonZeroU8::MIN,
+        translation: Translation::default(),
     };
     let mut cpu = Cpu::new(config, ram, Arc::clone(&mailbox), Arc::new(Nobody));
     enter(&mut cpu, entry, info)?;
@@ -207,6 +208,10 @@ fn main() -> Result<(), Box<dyn Error>> {
                 Some(wait) => mailbox.wait_until(Some(Instant::now() + wait)),
                 None => break,
             },
+            Stop::Differs => {
+                eprintln!("\n{}", cpu.difference().unwrap_or_default());
+                break;
+            }
             stop @ (Stop::Shutdown | Stop::Kicked) => {
                 eprintln!("\n{stop:?}");
                 break;

@@ -5,6 +5,10 @@
 //!
 //! [`Cpu`] is the software CPU. It runs from [`Cpu::run`] until something needs the machine.
 
+#[cfg_attr(
+    test,
+    expect(clippy::duplicate_mod, reason = "its tests interpret, and translate")
+)]
 pub mod cpu;
 pub mod cpuid;
 mod decode;
@@ -15,8 +19,10 @@ pub mod kvmclock;
 pub mod lapic;
 pub mod memory;
 mod mmu;
+#[cfg(target_arch = "x86_64")]
+mod native;
 pub mod saved;
 pub mod state;
 
-pub use cpu::{Cpu, CpuConfig, StateError, Stop};
+pub use cpu::{Cpu, CpuConfig, StateError, Stop, Translation};
 pub use mmu::CodeMap;

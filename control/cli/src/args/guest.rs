@@ -34,6 +34,10 @@ pub struct RunArgs {
     /// What runs the guest's processors: "auto" takes KVM where it is real
     #[arg(long, value_enum, default_value_t = EngineArgument::Auto)]
     pub engine: EngineArgument,
+    /// With "--engine soft": interpret as well all that is translated, and end the VM at the first
+    /// difference (slow)
+    #[arg(long)]
+    pub verify: bool,
     /// Named set of processor features that the guest sees
     #[arg(long, value_name = "NAME")]
     pub baseline: Option<String>,

@@ -60,6 +60,7 @@ fn configuration(args: RunArgs) -> Result<VmConfig, CliError> {
         baseline: args.baseline,
         on_reboot: args.on_reboot.into(),
         debug_console: args.debugcon.map(debug_console).transpose()?,
+        verify: args.verify,
     })
 }
 

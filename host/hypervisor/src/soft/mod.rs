@@ -17,7 +17,7 @@ use dunlin_guest::{Doorbell, Memory, MsiSink, Writer};
 use dunlin_x86::cpuid::Baseline;
 use dunlin_x86::kvmclock::GuestClock;
 use dunlin_x86::memory::PhysicalMemory;
-use dunlin_x86::{CodeMap, Cpu, CpuConfig};
+use dunlin_x86::{CodeMap, Cpu, CpuConfig, Translation};
 use vmm_sys_util::eventfd::EventFd;
 
 pub use frequency::host_tsc_khz;
@@ -58,6 +58,7 @@ pub struct SoftVm {
     doorbells: Arc<Doorbells>,
     /// Which processors were made, by ID.
     made: Box<[AtomicBool]>,
+    translation: Translation,
 }
 
 impl SoftVm {
@@ -71,7 +72,18 @@ impl SoftVm {
             router: Arc::new(Router::new(cpus)),
             doorbells: Arc::default(),
             made: (0..cpus).map(|_| AtomicBool::new(false)).collect(),
+            translation: Translation::default(),
         }
+    }
+
+    /// The same, with all translated code interpreted as well: a processor fails where the two
+    /// differ.
+    #[must_use]
+    pub fn verified(mut self) -> Self {
+        if let Translation::After(runs) = self.translation {
+            self.translation = Translation::Verified(runs);
+        }
+        self
     }
 }
 
@@ -96,6 +108,7 @@ impl Vm for SoftVm {
             clock: Arc::clone(&self.clock),
             code: Arc::clone(&self.code),
             mark: Writer::vcpu(id.0).mark(),
+            translation: self.translation,
         };
         let cpu = Cpu::new(
             config,

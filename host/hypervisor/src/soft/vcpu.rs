@@ -139,6 +139,13 @@ impl Vcpu for SoftVcpu {
                     self.wait();
                 }
                 Stop::Shutdown => return Ok(Exit::Shutdown),
+                Stop::Differs => {
+                    let report = self.cpu.difference().unwrap_or_default();
+                    return Err(EngineError::Stuck {
+                        vcpu: self.id.0,
+                        reason: format!("the interpreter and translated code differ:\n{report}"),
+                    });
+                }
                 Stop::Kicked => {
                     self.counts.kicks += 1;
                     return Ok(Exit::Kicked);

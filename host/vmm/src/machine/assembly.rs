@@ -120,7 +120,7 @@ pub(crate) fn assemble_around(
         Some(ram) => Memory::from_file(ram.into(), config.memory_bytes)?,
         None => Memory::new(config.memory_bytes)?,
     };
-    let chosen = engine::choose(config.engine, &memory, baseline, config.cpus)?;
+    let chosen = engine::choose(config.engine, &memory, baseline, config.cpus, config.verify)?;
     let vm = chosen.vm;
     let chipset = Chipset::build(&vm, blueprint)?;
     let mut builder = PciBuilder {

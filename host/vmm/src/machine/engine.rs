@@ -23,6 +23,7 @@ pub(super) fn choose(
     memory: &Memory,
     baseline: &'static Baseline,
     cpus: u32,
+    verify: bool,
 ) -> Result<Chosen, EngineError> {
     let request = match choice {
         EngineChoice::Auto => EngineRequest::Auto,
@@ -31,7 +32,10 @@ pub(super) fn choose(
     };
     let (engine, reason) = probe::choose(request, baseline)?;
     let vm: Arc<dyn Vm> = match engine {
-        Engine::Soft => Arc::new(SoftVm::new(memory, baseline, cpus)),
+        Engine::Soft => {
+            let vm = SoftVm::new(memory, baseline, cpus);
+            Arc::new(if verify { vm.verified() } else { vm })
+        }
         Engine::Kvm => Arc::new(KvmVm::new(memory, baseline, cpus)?),
     };
     Ok(Chosen { vm, reason })

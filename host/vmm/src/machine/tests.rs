@@ -31,6 +31,7 @@ fn blueprint(folder: &std::path::Path) -> Blueprint {
             baseline: None,
             on_reboot: OnReboot::Restart,
             debug_console: Some(DebugConsoleConfig::File(folder.join("debug"))),
+            verify: false,
         },
         directory: folder.to_owned(),
         console: ConsoleHub::new(),

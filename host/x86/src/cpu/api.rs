@@ -1,6 +1,6 @@
 //! What the software CPU takes and what it answers.
 
-use std::num::NonZeroU8;
+use std::num::{NonZeroU8, NonZeroU32};
 use std::sync::Arc;
 
 use thiserror::Error;
@@ -26,6 +26,29 @@ pub struct CpuConfig {
     pub code: Arc<CodeMap>,
     /// What its stores leave in the dirty log, which so can tell the processors apart.
     pub mark: NonZeroU8,
+    /// Which code is translated into the host's instructions.
+    pub translation: Translation,
+}
+
+/// Which code is translated. A host that cannot do so interprets all of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Translation {
+    /// None.
+    Never,
+    /// 64-bit code that has been entered so often at the same place.
+    After(NonZeroU32),
+    /// The same, and all that is translated is interpreted as well: what comes out has to be equal,
+    /// or the processor stops by [`Stop::Differs`]. For one processor: what others store meanwhile
+    /// is not told apart from a difference.
+    Verified(NonZeroU32),
+}
+
+impl Default for Translation {
+    /// Translating a block takes about as long as interpreting it so often.
+    fn default() -> Self {
+        const RUNS: NonZeroU32 = NonZeroU32::new(24).unwrap();
+        Self::After(RUNS)
+    }
 }
 
 /// Why the processor stopped.
@@ -75,6 +98,8 @@ pub enum Stop {
     Shutdown,
     /// Somebody kicked the processor's mailbox.
     Kicked,
+    /// The interpreter and translated code came to different ends: see [`super::Cpu::difference`].
+    Differs,
 }
 
 /// A state that no processor can be in.

@@ -65,6 +65,15 @@ impl Cpu {
         !self.replay.is_empty()
     }
 
+    /// Ends an instruction that is only tried before it does something to a device.
+    fn check_for_real(&mut self) -> Result {
+        if self.is_trying() {
+            self.abort = AbortReason::Alone;
+            return Err(Abort);
+        }
+        Ok(())
+    }
+
     fn ask(&mut self, stop: Stop) -> Result<u64> {
         match self.replay.accesses.get(self.replay.next) {
             Some(DeviceAccess {
@@ -101,6 +110,7 @@ impl Cpu {
 
     /// Reads physical address space that is not RAM.
     pub(crate) fn device_read(&mut self, address: u64, size: u8) -> Result<u64> {
+        self.check_for_real()?;
         if self.apic_page == Some(address & !0xfff) {
             let offset = address as u32 & 0xfff;
             let now = self.tsc();
@@ -113,6 +123,7 @@ impl Cpu {
 
     /// Writes physical address space that is not RAM.
     pub(crate) fn device_write(&mut self, address: u64, size: u8, value: u64) -> Result {
+        self.check_for_real()?;
         if self.apic_page == Some(address & !0xfff) {
             let now = self.tsc();
             let ended = self

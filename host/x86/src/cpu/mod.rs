@@ -9,16 +9,20 @@ pub(crate) mod control;
 mod convert;
 mod device;
 mod features;
+#[cfg(test)]
+#[path = "tests/mod.rs"]
+mod interpreted;
 mod mode;
 mod run;
 #[cfg(test)]
-mod tests;
+#[path = "tests/mod.rs"]
+mod translated;
 
 use std::num::NonZeroU8;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use api::{CpuConfig, StateError, Stop};
+pub use api::{CpuConfig, StateError, Stop, Translation};
 
 use crate::decode::{Block, BlockCache, Mode};
 use crate::exec::Exception;
@@ -29,6 +33,8 @@ use crate::kvmclock::KvmClock;
 use crate::lapic::{InterruptRouter, LocalApic, Mailbox};
 use crate::memory::PhysicalMemory;
 use crate::mmu::Tlb;
+#[cfg(target_arch = "x86_64")]
+use crate::native::{Context, Replaced, Translator};
 use crate::state::{Activity, DescriptorTable, Msrs, Segment};
 use device::Replay;
 
@@ -48,6 +54,9 @@ pub(crate) enum AbortReason {
 pub struct Cpu {
     /// General registers, and what else operations address like one; see `exec::op::slot`.
     pub(crate) regs: [u64; 32],
+    /// Behind the registers, so that translated code reaches both by small distances.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) native: Context,
     pub(crate) flags: Flags,
     pub(crate) rip: u64,
     /// Blocks until something is looked at between them; 0 where that is due.
@@ -56,7 +65,7 @@ pub struct Cpu {
     pub(crate) mark: NonZeroU8,
     /// The block that runs.
     current: *const Block,
-    instructions: u64,
+    pub(crate) instructions: u64,
     pub(crate) tlb: Tlb,
     pub(crate) mailbox: Arc<Mailbox>,
     /// RFLAGS without the arithmetic flags.
@@ -70,6 +79,11 @@ pub struct Cpu {
     pub(crate) abort: AbortReason,
     abort_at: At,
     pub(crate) blocks: BlockCache,
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) translator: Translator,
+    /// What stores replace, while they are only tried.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) journal: Option<Vec<Replaced>>,
     pub(crate) float: FloatState,
 
     pub(crate) segments: [Segment; 6],
@@ -142,6 +156,8 @@ impl Cpu {
         let apic = LocalApic::new(Arc::clone(&mailbox), router, config.clock.tsc_khz());
         let mut cpu = Self {
             regs: [0; 32],
+            #[cfg(target_arch = "x86_64")]
+            native: Context::new(),
             flags: Flags::from_rflags(0),
             rip: 0,
             tlb: Tlb::new(),
@@ -157,6 +173,10 @@ impl Cpu {
             abort: AbortReason::Alone,
             abort_at: At::null(),
             blocks: BlockCache::new(),
+            #[cfg(target_arch = "x86_64")]
+            translator: Translator::new(config.translation),
+            #[cfg(target_arch = "x86_64")]
+            journal: None,
             instructions: 0,
             segments: [Segment::default(); 6],
             tr: Segment::default(),
@@ -220,6 +240,30 @@ impl Cpu {
                 .clock
                 .until(deadline.wrapping_sub(self.tsc_offset)),
         )
+    }
+
+    /// How the interpreter and translated code differed, when they did.
+    pub fn difference(&self) -> Option<&str> {
+        #[cfg(target_arch = "x86_64")]
+        return self.translator.difference.as_deref();
+        #[cfg(not(target_arch = "x86_64"))]
+        None
+    }
+
+    /// Runs of blocks whose translation came to the interpreter's end.
+    pub fn verified(&self) -> u64 {
+        #[cfg(target_arch = "x86_64")]
+        return self.translator.verified;
+        #[cfg(not(target_arch = "x86_64"))]
+        0
+    }
+
+    /// Are stores only tried?
+    pub(crate) fn is_trying(&self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.journal.is_some();
+        #[cfg(not(target_arch = "x86_64"))]
+        false
     }
 
     /// Instructions executed.

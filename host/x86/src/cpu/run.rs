@@ -37,17 +37,26 @@ impl Cpu {
         if let Some(stop) = self.between() {
             return Some(stop);
         }
-        if self.shadow || self.system_flags & TF != 0 {
+        let stop = if self.shadow || self.system_flags & TF != 0 {
             self.run_alone()
         } else {
             self.run_blocks()
+        };
+        if stop.is_none() && self.difference().is_some() {
+            return Some(Stop::Differs);
         }
+        stop
     }
 
     /// Runs blocks until something must be looked at between them.
     fn run_blocks(&mut self) -> Option<Stop> {
         if self.blocks.is_full() {
             self.drop_all_code();
+        }
+        #[cfg(target_arch = "x86_64")]
+        if self.translator.is_full() {
+            self.blocks.forget_translated();
+            self.translator.clear();
         }
         self.blocks.collect();
         let mut block = match self.find_block() {
@@ -59,7 +68,7 @@ impl Cpu {
             let block_left = self.current_block();
             let link = match exit {
                 Exit::Abort => return self.after_abort(block_left),
-                Exit::Next => None,
+                Exit::Next | Exit::Stepped => None,
                 Exit::Taken => Some(0),
                 Exit::FallThrough => Some(1),
             };
@@ -78,10 +87,64 @@ impl Cpu {
     #[inline(always)]
     fn enter(&mut self, block: &'static Block) -> Exit {
         self.current = block;
+        #[cfg(target_arch = "x86_64")]
+        if let Some(exit) = self.enter_translated(block) {
+            return exit;
+        }
         self.regs[usize::from(slot::RIP)] = self.rip;
         self.instructions += u64::from(block.instructions);
         let first = At::first(&block.ops);
         (first.get().handler)(self, first)
+    }
+
+    /// Runs a block's translation, if it has one; gives it one when it has run often.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn enter_translated(&mut self, block: &'static Block) -> Option<Exit> {
+        if block.code.get().is_null() {
+            let runs = block.runs.get().wrapping_add(1);
+            block.runs.set(runs);
+            if runs != self.translator.after {
+                return None;
+            }
+            self.translate_block(block);
+            if block.code.get().is_null() {
+                return None;
+            }
+        }
+        if self.translator.verifies {
+            return self.run_verified(block, block.code.get());
+        }
+        Some(self.run_translated(block.code.get()))
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[cold]
+    #[inline(never)]
+    fn translate_block(&mut self, block: &'static Block) {
+        if !self.is_64_bit() || self.alone {
+            return;
+        }
+        let Some(bytes) = self.blocks.bytes_of(block) else {
+            return;
+        };
+        let about = (self.config.baseline, self.mark.get(), self.rip >> 63 != 0);
+        if let Some(code) = self.translator.translate(block, bytes, about) {
+            block.code.set(code);
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn set_current(&mut self, block: &'static Block) {
+        self.current = block;
+    }
+
+    /// An instruction of `block` ended early that was done by itself: it stands for the block's, from
+    /// operation `op` on.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn aborted_in(&mut self, block: &Block, op: usize, first: At) {
+        let index = self.abort_at.since(first);
+        self.abort_at = At::of(&block.ops[op + index..]);
     }
 
     /// The block that runs, or ran last.
@@ -99,14 +162,15 @@ impl Cpu {
     /// loop. Unoptimised builds always do: there the calls would nest without end.
     #[inline(always)]
     pub(crate) fn chain(&mut self, exit: Exit) -> Exit {
-        if cfg!(debug_assertions) || self.budget == 0 {
+        // Not at the end of the budget, and not behind an instruction that is done by itself.
+        if cfg!(debug_assertions) || self.budget as i32 <= 0 {
             return exit;
         }
         let next = match exit {
             Exit::Taken => self.current_block().link(0),
             Exit::FallThrough => self.current_block().link(1),
             Exit::Next => self.blocks.jump(self.linear_rip()),
-            Exit::Abort => None,
+            Exit::Abort | Exit::Stepped => None,
         };
         match next {
             Some(next) => {

@@ -20,6 +20,12 @@ pub(crate) struct Block {
     pub(crate) cold: Box<[Box<Cold>]>,
     pub(crate) instructions: u32,
     pub(crate) bytes: u16,
+    /// Offset in its page.
+    pub(crate) start: u16,
+    /// Its translation, if it has one.
+    pub(crate) code: Cell<*const u8>,
+    /// How often it was interpreted.
+    pub(crate) runs: Cell<u32>,
     /// The physical page that it is dropped with; `None` for one whose only instruction lies in
     /// two pages, which is looked up and compared each time.
     pub(crate) frame: Option<u64>,
@@ -29,6 +35,17 @@ pub(crate) struct Block {
 }
 
 impl Block {
+    /// Does it go on behind its last instruction?
+    pub(crate) fn goes_on(&self) -> bool {
+        // Then there is an operation for that, before the one that is never run.
+        let before = self
+            .ops
+            .len()
+            .checked_sub(2)
+            .and_then(|at| self.ops.get(at));
+        before.is_some_and(|op| op.offset == self.bytes)
+    }
+
     /// The block that a link leads to.
     #[inline(always)]
     pub(crate) fn link(&self, link: usize) -> Option<&'static Block> {

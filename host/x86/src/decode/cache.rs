@@ -10,8 +10,12 @@ use crate::exec::op::slot;
 use crate::exec::{Abort, Result};
 use crate::memory::RamPage;
 use crate::mmu::{Access, PAGE_OFFSET, is_canonical};
+#[cfg(target_arch = "x86_64")]
+use crate::native::{JUMPS as JUMPS_TRANSLATED, KnownJump};
 
 const JUMPS: usize = 1 << 13;
+/// Generations of a context that translated code tells apart.
+const GENERATIONS: u64 = 1 << 14;
 const FETCHES: usize = 256;
 /// Operations beyond which all code is dropped, so that a guest cannot fill the host's memory by
 /// executing all of its own. A kernel's boot decodes half a million.
@@ -67,6 +71,12 @@ pub(crate) struct BlockCache {
     /// privilege and mode.
     context: [u64; 2],
     generation: [u64; 2],
+    /// The same as translated code adds it to an address: in the bits that every canonical address
+    /// of a half has alike.
+    pub(crate) keys: [u64; 2],
+    /// Translated code by linear address.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) translated: Box<[KnownJump; JUMPS_TRANSLATED]>,
     /// Entries of `fetches` were replaced by others, so that jumps may lead where none does.
     evicted: [bool; 2],
     /// Code in the upper half whose translation is not global.
@@ -99,6 +109,9 @@ impl BlockCache {
             spanning: HashMap::default(),
             context: [0; 2],
             generation: [1; 2],
+            keys: [0; 2],
+            #[cfg(target_arch = "x86_64")]
+            translated: Box::new([KnownJump::NONE; JUMPS_TRANSLATED]),
             evicted: [false; 2],
             local_upper: false,
             size: 0,
@@ -113,6 +126,15 @@ impl BlockCache {
     pub(crate) fn set_context(&mut self, mode: Mode, user: bool) {
         let low = (mode as u64) << 1 | u64::from(user);
         self.context = self.generation.map(|generation| generation << 4 | low);
+        self.set_keys();
+    }
+
+    fn set_keys(&mut self) {
+        for half in 0..2 {
+            let generation = self.generation[half] & (GENERATIONS - 1);
+            let user = self.context[half] & 1;
+            self.keys[half] = (generation << 2 | user << 1 | half as u64) << 48;
+        }
     }
 
     fn forget_jumps(&mut self, halves: [bool; 2]) {
@@ -121,8 +143,13 @@ impl BlockCache {
                 self.generation[half] += 1;
                 self.context[half] += 1 << 4;
                 self.evicted[half] = false;
+                #[cfg(target_arch = "x86_64")]
+                if self.generation[half].is_multiple_of(GENERATIONS) {
+                    self.translated.fill(KnownJump::NONE);
+                }
             }
         }
+        self.set_keys();
     }
 
     /// All translations of addresses are void, or all but global ones.
@@ -170,6 +197,31 @@ impl BlockCache {
             context: self.context[(linear >> 63) as usize],
             block,
         };
+    }
+
+    /// The translation of the block at a linear address, for jumps of other translations.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn remember_translated(&mut self, linear: u64, code: *const u8) {
+        let key = self.keys[(linear >> 63) as usize];
+        self.translated[KnownJump::index(linear)] = KnownJump::new(linear, key, code);
+    }
+
+    /// Forgets all translations. None of them may be running.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn forget_translated(&mut self) {
+        for block in self.pages.values().flat_map(|page| page.blocks.values()) {
+            block.code.set(std::ptr::null());
+            block.runs.set(0);
+        }
+        self.translated.fill(KnownJump::NONE);
+    }
+
+    /// The bytes of a block of a page.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn bytes_of(&self, block: &Block) -> Option<&[u8]> {
+        let page = self.pages.get(&block.frame?)?;
+        let start = usize::from(block.start);
+        page.copy.get(start..start + usize::from(block.bytes))
     }
 
     /// Frees what was dropped. No block may be running.
@@ -229,6 +281,13 @@ impl Cpu {
         }
         let (fetch, privilege) = self.fetch(linear)?;
         let mode = self.mode;
+        #[cfg(target_arch = "x86_64")]
+        let apart: Option<lower::Apart> = self
+            .translator
+            .verifies
+            .then_some(|i| !crate::native::is_known(i));
+        #[cfg(not(target_arch = "x86_64"))]
+        let apart = None;
         let offset = (linear & PAGE_OFFSET) as u16;
         let key = offset << 2 | mode as u16;
         // SAFETY: pages are boxed and never removed.
@@ -237,7 +296,7 @@ impl Cpu {
             let in_page = PAGE_OFFSET as usize + 1 - usize::from(offset);
             code.refresh();
             let bytes = &code.copy[usize::from(offset)..];
-            let lowered = lower::block(bytes, offset, mode, self.config.baseline);
+            let lowered = lower::block(bytes, offset, mode, self.config.baseline, apart);
             let Some(mut block) = lowered else {
                 if in_page < MAX_BYTES {
                     return self.find_spanning(linear, fetch, privilege);
@@ -411,6 +470,10 @@ impl Cpu {
     /// A store will hit a page that holds code. Drops what it hits; ends the instruction, to be
     /// run again by itself, when it belongs to a block of that page.
     pub(crate) fn drop_code(&mut self, physical: u64, bytes: u64) -> Result {
+        if self.is_trying() {
+            self.abort = AbortReason::Alone;
+            return Err(Abort);
+        }
         let frame = physical >> 12;
         let Some(page) = self.blocks.pages.get(&frame) else {
             return Ok(());

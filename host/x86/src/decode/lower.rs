@@ -43,6 +43,7 @@ pub(super) struct Lowering {
     /// Offset of the block in its page, which is the address that decoding starts from.
     start: u64,
     instructions: u32,
+    apart: Option<Apart>,
 }
 
 /// The block that begins with `bytes`, which reach to the end of their page; `offset` is its
@@ -52,9 +53,15 @@ pub(super) fn block(
     offset: u16,
     mode: Mode,
     baseline: &'static Baseline,
+    apart: Option<Apart>,
 ) -> Option<Block> {
-    Lowering::new(offset, mode, baseline).run(bytes, MAX_INSTRUCTIONS)
+    let mut lowering = Lowering::new(offset, mode, baseline);
+    lowering.apart = apart;
+    lowering.run(bytes, MAX_INSTRUCTIONS)
 }
+
+/// Which instructions are to be blocks of their own.
+pub(super) type Apart = fn(&Instruction) -> bool;
 
 /// The block of the first instruction of `bytes` alone.
 pub(super) fn single(bytes: &[u8], offset: u16, mode: Mode, baseline: &'static Baseline) -> Block {
@@ -83,10 +90,11 @@ impl Lowering {
             cold: Vec::new(),
             start: offset.into(),
             instructions: 0,
+            apart: None,
         }
     }
 
-    fn run(mut self, bytes: &[u8], most: u32) -> Option<Block> {
+    fn run(mut self, bytes: &[u8], mut most: u32) -> Option<Block> {
         let mut decoder =
             Decoder::with_ip(self.mode.bits(), bytes, self.start, DecoderOptions::NONE);
         let mut flow = Flow::Continues;
@@ -100,6 +108,11 @@ impl Lowering {
                 }
                 return Some(self.finish(at, Flow::Continues));
             }
+            let apart = self.apart.is_some_and(|apart| apart(&instruction));
+            if apart && self.instructions > 0 {
+                return Some(self.finish(at, Flow::Continues));
+            }
+            most = if apart { 1 } else { most };
             if instruction.is_invalid() {
                 self.push_undefined(at);
                 flow = Flow::Ends;
@@ -143,6 +156,9 @@ impl Lowering {
             cold: self.cold.into_boxed_slice(),
             instructions: self.instructions,
             bytes: bytes as u16,
+            start: self.start as u16,
+            code: std::cell::Cell::new(std::ptr::null()),
+            runs: std::cell::Cell::new(0),
             links: no_links(),
             frame: None,
         }

@@ -10,6 +10,8 @@ mod tables;
 pub(crate) use block::Block;
 pub(crate) use cache::BlockCache;
 pub(crate) use cold::Cold;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use tables::is_offered;
 
 /// The size of code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

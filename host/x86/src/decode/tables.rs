@@ -40,7 +40,7 @@ pub(super) fn number(register: Register) -> u8 {
 }
 
 /// Does the baseline offer the instruction?
-pub(super) fn is_offered(baseline: &Baseline, mode: Mode, instruction: &Instruction) -> bool {
+pub(crate) fn is_offered(baseline: &Baseline, mode: Mode, instruction: &Instruction) -> bool {
     match instruction.mnemonic() {
         M::Lahf | M::Sahf => return mode != Mode::Bits64 || baseline.has("lahf_lm"),
         M::Rdtscp => return baseline.has("rdtscp"),

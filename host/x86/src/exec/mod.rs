@@ -211,11 +211,18 @@ impl Cpu {
         self.raise(Exception::DeviceNotAvailable)
     }
 
+    /// Does an SSE instruction run?
+    #[inline]
+    pub(crate) fn sse_runs(&self) -> bool {
+        use crate::cpu::control::{CR0_EM, CR0_TS, CR4_OSFXSR};
+        self.cr0 & (CR0_EM | CR0_TS) == 0 && self.cr4 & CR4_OSFXSR != 0
+    }
+
     /// May an SSE instruction run?
     #[inline]
     pub(crate) fn check_sse(&mut self) -> Result {
-        use crate::cpu::control::{CR0_EM, CR0_TS, CR4_OSFXSR};
-        if self.cr0 & (CR0_EM | CR0_TS) == 0 && self.cr4 & CR4_OSFXSR != 0 {
+        use crate::cpu::control::{CR0_EM, CR4_OSFXSR};
+        if self.sse_runs() {
             return Ok(());
         }
         if self.cr0 & CR0_EM != 0 || self.cr4 & CR4_OSFXSR == 0 {

@@ -39,6 +39,8 @@ pub(crate) enum Exit {
     FallThrough,
     /// An instruction ended early; `Cpu::abort_op` is the one.
     Abort,
+    /// An instruction that was to be done by itself is done.
+    Stepped,
 }
 
 /// Runs an instruction and all that follow it in its block.
@@ -92,6 +94,18 @@ impl At {
     #[inline(always)]
     pub(crate) fn first(ops: &[Op]) -> Self {
         Self(ops.as_ptr())
+    }
+
+    /// The first of these instructions.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn of(ops: &[Op]) -> Self {
+        Self::first(ops)
+    }
+
+    /// How many instructions it is behind another place of the same block.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn since(self, first: Self) -> usize {
+        (self.0.addr() - first.0.addr()) / size_of::<Op>()
     }
 
     #[inline(always)]

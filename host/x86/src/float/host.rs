@@ -26,6 +26,32 @@ const MASKS: u32 = 0x1f80;
 /// MXCSR as Rust code expects it: all masked, to nearest.
 static HOST_MXCSR: u32 = MASKS;
 
+/// The exception flags of this thread's MXCSR.
+pub(super) fn flags() -> u32 {
+    let mut mxcsr = 0_u32;
+    // SAFETY: writes the number.
+    unsafe {
+        asm!(
+            "stmxcsr [{mxcsr}]",
+            mxcsr = in(reg) &raw mut mxcsr,
+            options(nostack, preserves_flags),
+        );
+    }
+    mxcsr & FLAGS
+}
+
+/// Makes this thread's MXCSR what Rust code expects, with no flag set.
+pub(super) fn clear_flags() {
+    // SAFETY: reads the constant.
+    unsafe {
+        asm!(
+            "ldmxcsr [{host}]",
+            host = in(reg) &raw const HOST_MXCSR,
+            options(nostack, preserves_flags, readonly),
+        );
+    }
+}
+
 impl Environment {
     /// Takes the modes from `mxcsr`; no flag is set yet.
     pub(super) fn new(mxcsr: u32) -> Self {

@@ -132,6 +132,24 @@ impl FloatState {
         self.mxcsr
     }
 
+    /// Is SSE arithmetic what it is without a word in MXCSR: to nearest, all exceptions masked?
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn is_plain(&self) -> bool {
+        self.mxcsr & !u32::from(EXCEPTIONS) == MXCSR_RESET
+    }
+
+    /// Before arithmetic of the host: its exception flags are clear.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn clear_host_flags() {
+        super::host::clear_flags();
+    }
+
+    /// Takes the exception flags that arithmetic of the host has left since they were clear.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn take_host_flags(&mut self) {
+        self.mxcsr |= super::host::flags();
+    }
+
     /// Loads MXCSR.
     ///
     /// # Errors

@@ -254,7 +254,8 @@ impl Cpu {
         }
         let ram = self.memory.ram_page(frame);
         if let Some(ram) = ram {
-            let writable = translation.writable && !self.config.code.holds_code(frame);
+            let writable =
+                translation.writable && !self.config.code.holds_code(frame) && !self.is_trying();
             self.tlb.fill(
                 privilege,
                 &Fill {
@@ -360,6 +361,20 @@ impl Cpu {
         Ok(())
     }
 
+    /// What a store replaces, where it is only tried.
+    #[cfg(target_arch = "x86_64")]
+    fn note_replaced(&mut self, ram: RamPage, offset: u64, bytes: u64) {
+        let Some(journal) = &mut self.journal else {
+            return;
+        };
+        for index in offset..offset + bytes {
+            let at = ram.host.as_ptr().wrapping_add(index as usize);
+            // SAFETY: the bytes lie in the page, which `ram_page` vouches for.
+            let byte = unsafe { u8::load(at) };
+            journal.push(crate::native::Replaced { at, byte });
+        }
+    }
+
     fn store_physical(
         &mut self,
         (translation, ram): (Translation, Option<RamPage>),
@@ -370,6 +385,8 @@ impl Cpu {
             return self.device_write(translation.physical, bytes as u8, value);
         };
         self.before_store((translation, Some(ram)), bytes)?;
+        #[cfg(target_arch = "x86_64")]
+        self.note_replaced(ram, translation.physical & PAGE_OFFSET, bytes);
         let offset = (translation.physical & PAGE_OFFSET) as usize;
         // SAFETY: the bytes lie in the page, which `ram_page` vouches for; so does the mark.
         unsafe {

@@ -8,8 +8,16 @@ use super::PAGE_OFFSET;
 use crate::memory::RamPage;
 
 const ENTRIES: usize = 1024;
-/// Never the page of an address.
-const NONE: u64 = 1;
+/// Which bits of an address say where it is in the TLB.
+pub(crate) const TLB_BITS: u64 = (ENTRIES as u64 - 1) << 12;
+
+/// The tag of an entry at `at` that serves nothing: that of a page whose addresses are looked up
+/// elsewhere.
+const fn nothing(at: usize) -> u64 {
+    (((at % ENTRIES) ^ (ENTRIES / 2)) as u64)
+        .wrapping_mul(PAGE_OFFSET + 1)
+        .wrapping_neg()
+}
 
 /// Whose accesses an entry serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,10 +26,12 @@ pub(crate) enum Privilege {
     User = 1,
 }
 
-/// A page of RAM at a linear address.
+/// A page of RAM at a linear address. Translated code reads it too.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub(crate) struct Entry {
+    /// The page's address, negated, for reading and for writing: an address and this make the offset
+    /// in the page, or something larger.
     read: u64,
     write: u64,
     /// Host address less linear address.
@@ -30,10 +40,22 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
-    const fn empty() -> Self {
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) const READ: usize = std::mem::offset_of!(Self, read);
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) const WRITE: usize = std::mem::offset_of!(Self, write);
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) const ADDEND: usize = std::mem::offset_of!(Self, addend);
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) const MARK: usize = std::mem::offset_of!(Self, mark);
+    /// An entry's size is two to the power of this.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) const SHIFT: u8 = size_of::<Self>().trailing_zeros() as u8;
+
+    const fn empty(at: usize) -> Self {
         Self {
-            read: NONE,
-            write: NONE,
+            read: nothing(at),
+            write: nothing(at),
             addend: 0,
             mark: NonNull::dangling(),
         }
@@ -42,13 +64,13 @@ impl Entry {
     /// May `bytes` at `address` be read through this entry? Not when they cross its page.
     #[inline(always)]
     pub(crate) fn reads(&self, address: u64, bytes: u64) -> bool {
-        self.read == address.wrapping_add(bytes - 1) & !PAGE_OFFSET
+        self.read.wrapping_add(address).wrapping_add(bytes - 1) <= PAGE_OFFSET
     }
 
     /// May they be written?
     #[inline(always)]
     pub(crate) fn writes(&self, address: u64, bytes: u64) -> bool {
-        self.write == address.wrapping_add(bytes - 1) & !PAGE_OFFSET
+        self.write.wrapping_add(address).wrapping_add(bytes - 1) <= PAGE_OFFSET
     }
 
     /// Where the byte at `address` is.
@@ -90,12 +112,12 @@ pub(crate) struct Tlb {
     /// There may be entries of large pages in the lower and in the upper half.
     large: [bool; 2],
     /// The entries for the current privilege.
-    current: *const Entry,
+    pub(crate) current: *const Entry,
 }
 
 impl Tlb {
     pub(crate) fn new() -> Self {
-        let entries = Box::new([Entry::empty(); 2 * ENTRIES]);
+        let entries = Box::new(std::array::from_fn(Entry::empty));
         let mut tlb = Self {
             entries,
             local: Vec::with_capacity(2 * ENTRIES),
@@ -131,8 +153,16 @@ impl Tlb {
         let page = fill.address & !PAGE_OFFSET;
         let at = privilege as usize * ENTRIES + index(page);
         self.entries[at] = Entry {
-            read: if fill.readable { page } else { NONE },
-            write: if fill.writable { page } else { NONE },
+            read: if fill.readable {
+                page.wrapping_neg()
+            } else {
+                nothing(at)
+            },
+            write: if fill.writable {
+                page.wrapping_neg()
+            } else {
+                nothing(at)
+            },
             addend: fill
                 .ram
                 .host
@@ -153,7 +183,7 @@ impl Tlb {
     /// Drops all entries but those of global pages.
     pub(crate) fn flush_local(&mut self) {
         for at in self.local.drain(..) {
-            self.entries[usize::from(at)] = Entry::empty();
+            self.entries[usize::from(at)] = Entry::empty(at.into());
             self.is_local[usize::from(at)] = false;
         }
     }
@@ -162,7 +192,7 @@ impl Tlb {
     pub(crate) fn flush(&mut self) {
         self.local.clear();
         self.is_local.fill(false);
-        self.entries.fill(Entry::empty());
+        *self.entries = std::array::from_fn(Entry::empty);
         self.large = [false; 2];
     }
 
@@ -171,37 +201,39 @@ impl Tlb {
         if self.large[(address >> 63) as usize] {
             // The page may be a gigabyte large.
             let region = address >> 30;
-            for entry in self.entries.iter_mut() {
-                let page = if entry.read == NONE {
+            for (at, entry) in self.entries.iter_mut().enumerate() {
+                let tag = if entry.read == nothing(at) {
                     entry.write
                 } else {
                     entry.read
                 };
-                if page >> 30 == region {
-                    *entry = Entry::empty();
+                if tag.wrapping_neg() >> 30 == region {
+                    *entry = Entry::empty(at);
                 }
             }
             return;
         }
         for half in [0, ENTRIES] {
-            self.entries[half + index(address)] = Entry::empty();
+            let at = half + index(address);
+            self.entries[at] = Entry::empty(at);
         }
     }
 
     /// Drops write access to the page at `host`.
     pub(crate) fn withhold_writes_to(&mut self, host: NonNull<u8>) {
         let host = host.as_ptr().expose_provenance();
-        for entry in self.entries.iter_mut() {
-            if entry.write != NONE && entry.addend.wrapping_add(entry.write as usize) == host {
-                entry.write = NONE;
+        for (at, entry) in self.entries.iter_mut().enumerate() {
+            let page = entry.write.wrapping_neg();
+            if entry.write != nothing(at) && entry.addend.wrapping_add(page as usize) == host {
+                entry.write = nothing(at);
             }
         }
     }
 
     /// Drops write access to all pages.
     pub(crate) fn withhold_writes(&mut self) {
-        for entry in self.entries.iter_mut() {
-            entry.write = NONE;
+        for (at, entry) in self.entries.iter_mut().enumerate() {
+            entry.write = nothing(at);
         }
     }
 }

@@ -21,6 +21,9 @@ mod software;
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::num::NonZeroU32;
+
+use dunlin_x86::Translation;
 
 use iced_x86::{Code, FastFormatter, Mnemonic};
 
@@ -59,10 +62,10 @@ struct Tally {
 }
 
 impl Bench {
-    fn new() -> Self {
+    fn new(translation: Translation) -> Self {
         Self {
             native: Native::new(),
-            software: Software::new(),
+            software: Software::new(translation),
             template: [vec![0; DATA_BYTES], vec![0; STACK_BYTES]],
         }
     }
@@ -263,6 +266,13 @@ fn report(case: &Case, difference: &str) -> String {
 
 #[test]
 fn every_offered_form_does_what_the_host_does() {
+    let mut bench = Bench::new(Translation::Never);
+    compare_all(&mut bench, "interpreted");
+    bench.software = Software::new(Translation::After(NonZeroU32::MIN));
+    compare_all(&mut bench, "translated");
+}
+
+fn compare_all(bench: &mut Bench, how: &str) {
     let wanted = variable("DUNLIN_DIFF_CASES", 1000);
     let seed = variable("DUNLIN_DIFF_SEED", SEED);
     let only = std::env::var("DUNLIN_DIFF_ONLY").unwrap_or_default();
@@ -273,7 +283,6 @@ fn every_offered_form_does_what_the_host_does() {
         "baseline features that the test does not know: {unknown:?}"
     );
 
-    let mut bench = Bench::new();
     let mut skipped: BTreeMap<String, u64> = BTreeMap::new();
     let (mut forms, mut cases, mut failed) = (0, 0, Vec::new());
     for code in Code::values() {
@@ -320,12 +329,12 @@ fn every_offered_form_does_what_the_host_does() {
         .collect();
     let count: u64 = skipped.values().sum();
     eprintln!(
-        "forms: {forms}, cases: {cases}, skipped forms: {count} ({})",
+        "{how}: forms: {forms}, cases: {cases}, skipped forms: {count} ({})",
         reasons.join("; ")
     );
     assert!(
         failed.is_empty(),
-        "{} forms differ:\n{}",
+        "{} forms differ when they are {how}:\n{}",
         failed.len(),
         failed.join("\n")
     );

@@ -17,7 +17,7 @@ use dunlin_x86::kvmclock::GuestClock;
 use dunlin_x86::lapic::{InterruptRouter, Mailbox};
 use dunlin_x86::memory::{PhysicalMemory, RamPage};
 use dunlin_x86::state::{CpuState, DescriptorTable, Segment, gpr, segment};
-use dunlin_x86::{CodeMap, Cpu, CpuConfig, Stop};
+use dunlin_x86::{CodeMap, Cpu, CpuConfig, Stop, Translation};
 
 use crate::layout::*;
 
@@ -130,6 +130,7 @@ pub(crate) struct Software {
     ram: Arc<Ram>,
     cpu: Cpu,
     clock: Arc<GuestClock>,
+    translation: Translation,
     state: CpuState,
 }
 
@@ -143,7 +144,7 @@ fn segment(selector: u16, access: u16) -> Segment {
     }
 }
 
-fn processor(ram: &Arc<Ram>, clock: &Arc<GuestClock>) -> Cpu {
+fn processor(ram: &Arc<Ram>, clock: &Arc<GuestClock>, translation: Translation) -> Cpu {
     let config = CpuConfig {
         id: 0,
         cpus: 1,
@@ -151,6 +152,7 @@ fn processor(ram: &Arc<Ram>, clock: &Arc<GuestClock>) -> Cpu {
         clock: Arc::clone(clock),
         code: Arc::new(CodeMap::new()),
         mark: std::num::NonZeroU8::MIN,
+        translation,
     };
     Cpu::new(
         config,
@@ -161,17 +163,18 @@ fn processor(ram: &Arc<Ram>, clock: &Arc<GuestClock>) -> Cpu {
 }
 
 impl Software {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(translation: Translation) -> Self {
         let ram = Arc::new(Ram::new());
         page_tables(&ram);
         descriptors(&ram);
         let clock = Arc::new(GuestClock::new(1_000_000));
-        let mut cpu = processor(&ram, &clock);
+        let mut cpu = processor(&ram, &clock, translation);
         let state = user_state(&mut cpu);
         Self {
             ram,
             cpu,
             clock,
+            translation,
             state,
         }
     }
@@ -181,7 +184,7 @@ impl Software {
         self.ram
             .bytes(frame::USER_CODE, CODE_BYTES / PAGE)
             .copy_from_slice(code);
-        self.cpu = processor(&self.ram, &self.clock);
+        self.cpu = processor(&self.ram, &self.clock, self.translation);
     }
 
     /// Data and stack.

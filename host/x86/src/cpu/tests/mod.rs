@@ -4,12 +4,13 @@ mod access;
 mod branches;
 mod code;
 mod events;
+mod hot;
 mod modes;
 mod paging;
 mod robust;
 mod strings;
 
-use std::num::NonZeroU8;
+use std::num::{NonZeroU8, NonZeroU32};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -17,7 +18,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use iced_x86::code_asm::CodeAssembler;
 
-use super::{Cpu, CpuConfig, Stop};
+use super::{Cpu, CpuConfig, Stop, Translation};
 use crate::cpuid;
 use crate::kvmclock::GuestClock;
 use crate::lapic::{InterruptRouter, Mailbox};
@@ -133,6 +134,11 @@ impl Machine {
     fn beside(id: u32, ram: Arc<Ram>, code: Arc<CodeMap>) -> Self {
         let mailbox = Arc::new(Mailbox::new(id));
         let sent = Arc::new(Sent::default());
+        // These tests are there twice.
+        let translation = match module_path!() {
+            path if path.ends_with("translated") => Translation::After(NonZeroU32::MIN),
+            _ => Translation::Never,
+        };
         let config = CpuConfig {
             id,
             cpus: 2,
@@ -140,6 +146,7 @@ impl Machine {
             clock: Arc::new(GuestClock::new(2_000_000)),
             code: Arc::clone(&code),
             mark: MARK,
+            translation,
         };
         let memory = Arc::clone(&ram) as Arc<dyn PhysicalMemory>;
         let router = Arc::clone(&sent) as Arc<dyn InterruptRouter>;
@@ -258,6 +265,13 @@ impl Machine {
         let mut state = self.cpu.state();
         change(&mut state);
         self.cpu.set_state(&state).unwrap();
+        self
+    }
+
+    /// The handler of `vector` gets a stack of its own.
+    fn on_another_stack(self, vector: u64) -> Self {
+        self.ram.set(TSS + 36, KERNEL_STACK);
+        self.set_gate(vector, HANDLERS + vector * 16, 1);
         self
     }
 

@@ -69,6 +69,7 @@ fn run(machine: &mut Machine) {
             Some(Stop::PortWrite { .. } | Stop::MmioWrite { .. }) => machine.cpu.complete_write(),
             Some(Stop::Halted) => mailbox.post_nmi(),
             Some(Stop::Shutdown) => break,
+            Some(Stop::Differs) => panic!("{:?}", machine.cpu.difference()),
             Some(Stop::EndOfInterrupt { .. } | Stop::Kicked) | None => {}
         }
     }

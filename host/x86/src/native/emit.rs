@@ -1,0 +1,362 @@
+//! The few instructions that translated code has besides the guest's own, as bytes.
+//!
+//! None of them changes a flag: the guest's flags live in the host's from one of its instructions
+//! to the next.
+
+/// A register by its number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Reg(pub(super) u8);
+
+pub(super) const RCX: Reg = Reg(1);
+pub(super) const R10: Reg = Reg(10);
+pub(super) const R11: Reg = Reg(11);
+pub(super) const R13: Reg = Reg(13);
+pub(super) const R14: Reg = Reg(14);
+pub(super) const R15: Reg = Reg(15);
+
+/// A place in memory.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Mem {
+    base: Reg,
+    index: Option<(Reg, u8)>,
+    disp: i32,
+}
+
+/// What lies `disp` from the register.
+pub(super) fn at(base: Reg, disp: i32) -> Mem {
+    Mem {
+        base,
+        index: None,
+        disp,
+    }
+}
+
+/// The same, and `index << scale` further.
+pub(super) fn at_index(base: Reg, index: Reg, scale: u8, disp: i32) -> Mem {
+    Mem {
+        base,
+        index: Some((index, scale)),
+        disp,
+    }
+}
+
+/// Code in the making.
+#[derive(Debug, Default)]
+pub(super) struct Assembler {
+    bytes: Vec<u8>,
+}
+
+/// A jump whose distance is not known yet: where its four bytes are.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Jump(usize);
+
+impl Assembler {
+    pub(super) fn clear(&mut self) {
+        self.bytes.clear();
+    }
+
+    /// Bytes so far: where the next instruction goes.
+    pub(super) fn here(&self) -> usize {
+        self.bytes.len()
+    }
+
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Appends an instruction that is encoded already.
+    pub(super) fn raw(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    /// ModRM, SIB and displacement.
+    fn operand(&mut self, reg: u8, mem: Mem) {
+        let (mode, wide) = match mem.disp {
+            0 if mem.base.0 & 7 != 5 => (0, None),
+            -128..=127 => (1, Some(false)),
+            _ => (2, Some(true)),
+        };
+        let reg = (reg & 7) << 3;
+        match mem.index {
+            Some((index, scale)) => {
+                self.bytes.push(mode << 6 | reg | 4);
+                let sib = scale << 6 | (index.0 & 7) << 3 | mem.base.0 & 7;
+                self.bytes.push(sib);
+            }
+            None if mem.base.0 & 7 == 4 => {
+                self.bytes.push(mode << 6 | reg | 4);
+                self.bytes.push(0x24);
+            }
+            None => self.bytes.push(mode << 6 | reg | mem.base.0 & 7),
+        }
+        match wide {
+            Some(true) => self.raw(&mem.disp.to_le_bytes()),
+            Some(false) => self.bytes.push(mem.disp as u8),
+            None => {}
+        }
+    }
+
+    /// An instruction of one opcode byte with a register and a memory operand.
+    fn legacy(&mut self, wide: bool, opcode: u8, reg: u8, mem: Mem) {
+        let index = mem.index.map_or(0, |(index, _)| index.0 >> 3);
+        let rex = 0x40 | u8::from(wide) << 3 | (reg >> 3) << 2 | index << 1 | mem.base.0 >> 3;
+        if rex != 0x40 {
+            self.bytes.push(rex);
+        }
+        self.bytes.push(opcode);
+        self.operand(reg, mem);
+    }
+
+    pub(super) fn load(&mut self, to: Reg, from: Mem) {
+        self.legacy(true, 0x8b, to.0, from);
+    }
+
+    pub(super) fn load_32(&mut self, to: Reg, from: Mem) {
+        self.legacy(false, 0x8b, to.0, from);
+    }
+
+    pub(super) fn store(&mut self, to: Mem, from: Reg) {
+        self.legacy(true, 0x89, from.0, to);
+    }
+
+    pub(super) fn store_32(&mut self, to: Mem, from: Reg) {
+        self.legacy(false, 0x89, from.0, to);
+    }
+
+    pub(super) fn store_imm_32(&mut self, to: Mem, value: u32) {
+        self.legacy(false, 0xc7, 0, to);
+        self.raw(&value.to_le_bytes());
+    }
+
+    /// Sign-extended to 64 bits.
+    pub(super) fn store_imm_64(&mut self, to: Mem, value: i32) {
+        self.legacy(true, 0xc7, 0, to);
+        self.raw(&value.to_le_bytes());
+    }
+
+    pub(super) fn store_imm_8(&mut self, to: Mem, value: u8) {
+        self.legacy(false, 0xc6, 0, to);
+        self.bytes.push(value);
+    }
+
+    pub(super) fn copy(&mut self, to: Reg, from: Reg) {
+        let rex = 0x48 | (from.0 >> 3) << 2 | to.0 >> 3;
+        self.raw(&[rex, 0x89, 0xc0 | (from.0 & 7) << 3 | to.0 & 7]);
+    }
+
+    pub(super) fn lea(&mut self, to: Reg, mem: Mem) {
+        self.legacy(true, 0x8d, to.0, mem);
+    }
+
+    pub(super) fn lea_32(&mut self, to: Reg, mem: Mem) {
+        self.legacy(false, 0x8d, to.0, mem);
+    }
+
+    /// LEA of `index << scale` and a displacement.
+    pub(super) fn lea_scaled(&mut self, to: Reg, index: Reg, scale: u8, disp: i32) {
+        let rex = 0x48 | (to.0 >> 3) << 2 | (index.0 >> 3) << 1;
+        let sib = scale << 6 | (index.0 & 7) << 3 | 5;
+        self.raw(&[rex, 0x8d, (to.0 & 7) << 3 | 4, sib]);
+        self.raw(&disp.to_le_bytes());
+    }
+
+    /// Sign-extended to 64 bits.
+    pub(super) fn set(&mut self, to: Reg, value: i32) {
+        self.raw(&[0x48 | to.0 >> 3, 0xc7, 0xc0 | to.0 & 7]);
+        self.raw(&value.to_le_bytes());
+    }
+
+    /// Forgets what was written from `place` on.
+    pub(super) fn cut(&mut self, place: usize) {
+        self.bytes.truncate(place);
+    }
+
+    /// PEXT: the bits of `from` that the mask in memory names, together.
+    pub(super) fn pext(&mut self, to: Reg, from: Reg, mask: Mem) {
+        // VEX.LZ.F3.0F38.W1 F5 /r
+        let inverted = |reg: u8| u8::from(reg < 8);
+        let index = mask.index.map_or(0, |(index, _)| index.0);
+        let first = inverted(to.0) << 7 | inverted(index) << 6 | inverted(mask.base.0) << 5 | 2;
+        let second = 0x80 | (!from.0 & 15) << 3 | 2;
+        self.raw(&[0xc4, first, second, 0xf5]);
+        self.operand(to.0, mask);
+    }
+
+    /// RORX: `from` turned right by `count` bits.
+    pub(super) fn rorx(&mut self, to: Reg, from: Reg, count: u8) {
+        // VEX.LZ.F2.0F3A.W1 F0 /r ib
+        let first = u8::from(to.0 < 8) << 7 | 1 << 6 | u8::from(from.0 < 8) << 5 | 3;
+        self.raw(&[
+            0xc4,
+            first,
+            0xfb,
+            0xf0,
+            0xc0 | (to.0 & 7) << 3 | from.0 & 7,
+            count,
+        ]);
+    }
+
+    /// JRCXZ over a jump that follows: `otherwise` is taken when RCX is not zero.
+    pub(super) fn unless_rcx_zero(&mut self) -> Jump {
+        self.raw(&[0xe3, 5]);
+        self.jump()
+    }
+
+    /// JRCXZ to a jump that follows.
+    pub(super) fn if_rcx_zero(&mut self) -> Jump {
+        self.raw(&[0xe3, 2, 0xeb, 5]);
+        self.jump()
+    }
+
+    /// JECXZ to a place at most 128 bytes before.
+    pub(super) fn back_if_ecx_zero(&mut self, to: usize) {
+        let distance = to as isize - (self.here() as isize + 3);
+        self.raw(&[0x67, 0xe3, distance as i8 as u8]);
+    }
+
+    /// MOVAPS from memory to a vector register.
+    pub(super) fn load_vector(&mut self, to: u8, from: Mem) {
+        self.vector(0x28, to, from);
+    }
+
+    /// MOVAPS from a vector register to memory.
+    pub(super) fn store_vector(&mut self, to: Mem, from: u8) {
+        self.vector(0x29, from, to);
+    }
+
+    fn vector(&mut self, opcode: u8, reg: u8, mem: Mem) {
+        let rex = 0x40 | (reg >> 3) << 2 | mem.base.0 >> 3;
+        if rex != 0x40 {
+            self.bytes.push(rex);
+        }
+        self.raw(&[0x0f, opcode]);
+        self.operand(reg, mem);
+    }
+
+    /// A jump to be landed later.
+    pub(super) fn jump(&mut self) -> Jump {
+        self.raw(&[0xe9, 0, 0, 0, 0]);
+        Jump(self.here() - 4)
+    }
+
+    /// A jump on a condition, by its encoding.
+    pub(super) fn jump_if(&mut self, condition: u8) -> Jump {
+        self.raw(&[0x0f, 0x80 | condition & 15, 0, 0, 0, 0]);
+        Jump(self.here() - 4)
+    }
+
+    pub(super) fn jump_to_mem(&mut self, mem: Mem) {
+        self.legacy(false, 0xff, 4, mem);
+    }
+
+    /// The jump goes here.
+    pub(super) fn land(&mut self, jump: Jump) {
+        self.land_at(jump, self.here() as isize);
+    }
+
+    /// The jump goes to a place `target` bytes from the start of this code, which may lie elsewhere.
+    pub(super) fn land_at(&mut self, jump: Jump, target: isize) {
+        let distance = (target - (jump.0 as isize + 4)) as i32;
+        self.bytes[jump.0..jump.0 + 4].copy_from_slice(&distance.to_le_bytes());
+    }
+}
+
+impl Jump {
+    /// Where its distance is, from the start of the code.
+    pub(super) fn place(self) -> usize {
+        self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use iced_x86::{Decoder, DecoderOptions, FastFormatter};
+
+    use super::*;
+
+    fn text(write: impl FnOnce(&mut Assembler)) -> String {
+        let mut assembler = Assembler::default();
+        write(&mut assembler);
+        let mut decoder = Decoder::new(64, assembler.bytes(), DecoderOptions::NONE);
+        let mut formatter = FastFormatter::new();
+        let mut lines = Vec::new();
+        while decoder.can_decode() {
+            let mut line = String::new();
+            formatter.format(&decoder.decode(), &mut line);
+            lines.push(line);
+        }
+        lines.join("; ")
+    }
+
+    #[test]
+    fn the_bytes_are_the_instructions_that_they_should_be() {
+        let cases = [
+            (text(|a| a.load(R10, at(R15, -128))), "mov r10,[r15-80h]"),
+            (text(|a| a.load(RCX, at(R15, 128))), "mov rcx,[r15+80h]"),
+            (text(|a| a.load_32(RCX, at(R13, 0))), "mov ecx,[r13]"),
+            (
+                text(|a| a.store(at(Reg(12), 8), Reg(0))),
+                "mov [r12+8h],rax",
+            ),
+            (text(|a| a.store_32(at(R15, 4), RCX)), "mov [r15+4h],ecx"),
+            (
+                text(|a| a.store_imm_32(at(R15, 4), 7)),
+                "mov dword ptr [r15+4h],7h",
+            ),
+            (
+                text(|a| a.store_imm_64(at(R10, 0), -1)),
+                "mov qword ptr [r10],0FFFFFFFFFFFFFFFFh",
+            ),
+            (
+                text(|a| a.store_imm_8(at(R11, 0), 3)),
+                "mov byte ptr [r11],3h",
+            ),
+            (text(|a| a.copy(R14, Reg(0))), "mov r14,rax"),
+            (
+                text(|a| a.lea(R10, at_index(R14, R13, 3, -8))),
+                "lea r10,[r14+r13*8-8h]",
+            ),
+            (text(|a| a.lea_32(RCX, at(RCX, -1))), "lea ecx,[rcx-1h]"),
+            (
+                text(|a| a.pext(R11, R10, at(R15, 200))),
+                "pext r11,r10,[r15+0C8h]",
+            ),
+            (
+                text(|a| a.pext(RCX, RCX, at(R15, 8))),
+                "pext rcx,rcx,[r15+8h]",
+            ),
+            (text(|a| a.rorx(R11, R11, 59)), "rorx r11,r11,3Bh"),
+            (text(|a| a.rorx(RCX, R10, 12)), "rorx rcx,r10,0Ch"),
+            (
+                text(|a| a.jump_to_mem(at(R11, 8))),
+                "jmp qword ptr [r11+8h]",
+            ),
+            (
+                text(|a| a.load_vector(1, at(R15, 0x100))),
+                "movaps xmm1,[r15+100h]",
+            ),
+            (
+                text(|a| a.store_vector(at(R15, 0x100), 0)),
+                "movaps [r15+100h],xmm0",
+            ),
+            (text(|a| a.lea_scaled(R10, R13, 2, 5)), "lea r10,[r13*4+5h]"),
+            (text(|a| a.set(R10, -1)), "mov r10,0FFFFFFFFFFFFFFFFh"),
+        ];
+        for (found, expected) in cases {
+            assert_eq!(found, expected);
+        }
+    }
+
+    #[test]
+    fn jumps_go_where_they_land() {
+        let jumps = text(|a| {
+            let start = a.here();
+            let slow = a.unless_rcx_zero();
+            let taken = a.jump_if(5);
+            a.back_if_ecx_zero(start);
+            a.land(slow);
+            a.land_at(taken, -100);
+        });
+        assert_eq!(jumps, "jrcxz 7h; jmp 10h; jne 0FFFFFFFFFFFFFF9Ch; jecxz 0h");
+    }
+}

@@ -1,0 +1,292 @@
+//! Hot 64-bit code as the host's own instructions.
+//!
+//! A block that has run often is translated: guest registers live in host registers, the guest's
+//! arithmetic flags in the host's. An instruction is the guest's own, with its registers renamed
+//! and its memory operand replaced by an address that an inline look-up in the software TLB gave.
+//! Whatever translated code does not do itself — a miss in the TLB, a device, a rare instruction, a
+//! fault — it leaves to the interpreter, one instruction at a time: at each instruction's border
+//! the guest's state is complete, so the interpreter can take over there and give back behind it.
+//!
+//! | guest | host |
+//! |---|---|
+//! | RAX RDX RBX RBP RSI RDI R8 R9 R12 | the same |
+//! | RCX, RSP | R13, R14 |
+//! | R10 R11 R13 R14 R15 | in memory |
+//! | arithmetic flags | the same: nothing that is added to the guest's code changes a flag |
+//!
+//! RCX, R10 and R11 are free, R15 leads to the processor ([`Context`]), RSP is the host's stack.
+//!
+//! Code is linked directly within a page, whose blocks are dropped together. All else goes through
+//! a table of jumps by linear address, whose entries are valid in one context (see
+//! [`BlockCache`](crate::decode::BlockCache)).
+
+mod code;
+mod emit;
+#[expect(unsafe_code, reason = "registers are set by hand")]
+mod enter;
+mod sse;
+mod step;
+mod translate;
+mod verify;
+
+use std::mem::offset_of;
+
+use iced_x86::Encoder;
+
+use crate::cpu::{Cpu, Translation};
+use crate::decode::Block;
+use crate::exec::flags::{ARITHMETIC, Flags, OF};
+use crate::exec::op::Op;
+use code::CodeMemory;
+use emit::Assembler;
+pub(crate) use translate::is_known;
+pub(crate) use verify::Replaced;
+
+/// Bytes of translated code, before all of it is dropped.
+const CODE: usize = 64 << 20;
+/// Jumps that are known.
+pub(crate) const JUMPS: usize = 1 << JUMP_BITS.count_ones();
+/// Which bits of a linear address say where a jump is in the table: of the offset in a page, and of
+/// the page.
+const JUMP_BITS: u64 = 0x0001_f1fe;
+
+/// What translated code reaches by R15; [`enter`] has a few more.
+#[derive(Debug)]
+#[repr(C)]
+pub(crate) struct Context {
+    /// The linear page that runs.
+    page: u64,
+    /// Which bits of a linear address say where it is in the TLB.
+    tlb_bits: u64,
+    /// Which bits of a linear address are not its offset in the page.
+    page_bits: u64,
+    jump_bits: u64,
+    /// The low four bits, and the signs of 32 and of 64 bits.
+    low_bits: u64,
+    sign_bits: [u64; 2],
+    /// Not zero: an SSE instruction raises an exception here.
+    sse_blocked: u64,
+    /// Not zero: rounding is not that of the host, or exceptions are not masked.
+    arithmetic_blocked: u64,
+    /// For whoever needs it between two instructions.
+    scratch: u64,
+    /// OF in bit 0, SF, ZF, AF, PF and CF in bits 8 to 15 as in RFLAGS.
+    flags: u16,
+    /// Floating-point arithmetic was done, whose flags are in the host's MXCSR.
+    arithmetic_done: u8,
+    /// Where translated code left.
+    exit: u32,
+}
+
+impl Context {
+    pub(crate) fn new() -> Self {
+        Self {
+            page: 0,
+            tlb_bits: crate::mmu::TLB_BITS,
+            page_bits: !crate::mmu::PAGE_OFFSET,
+            jump_bits: JUMP_BITS,
+            low_bits: 15,
+            sign_bits: [1 << 31, 1 << 63],
+            sse_blocked: 0,
+            arithmetic_blocked: 0,
+            scratch: 0,
+            flags: 0,
+            arithmetic_done: 0,
+            exit: 0,
+        }
+    }
+
+    fn set_flags(&mut self, flags: Flags) {
+        let rflags = flags.to_rflags();
+        self.flags = (rflags as u16 & 0xff) << 8 | u16::from(rflags & OF != 0);
+    }
+
+    fn flags(&self) -> Flags {
+        let overflow = if self.flags & 1 != 0 { OF } else { 0 };
+        Flags::from_rflags(u64::from(self.flags >> 8) & ARITHMETIC | overflow)
+    }
+}
+
+/// From R15 to a general register or another slot.
+const fn slot_at(slot: u8) -> i32 {
+    slot as i32 * 8 + offset_of!(Cpu, regs) as i32 - enter::BIAS as i32
+}
+
+/// A jump by its linear address.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct KnownJump {
+    /// The address with its context, negated.
+    key: u64,
+    code: *const u8,
+    page: u64,
+    _room: u64,
+}
+
+impl KnownJump {
+    pub(crate) const NONE: Self = Self {
+        // No address is one.
+        key: 1,
+        code: std::ptr::null(),
+        page: 0,
+        _room: 0,
+    };
+
+    pub(crate) fn new(linear: u64, context: u64, code: *const u8) -> Self {
+        Self {
+            key: linear.wrapping_add(context).wrapping_neg(),
+            code,
+            page: linear & !crate::mmu::PAGE_OFFSET,
+            _room: 0,
+        }
+    }
+
+    /// Where the jump to a linear address is in the table.
+    pub(crate) fn index(linear: u64) -> usize {
+        ((linear & 0x1fe) >> 1 | (linear & 0x1_f000) >> 4) as usize
+    }
+}
+
+/// A place where translated code leaves.
+#[derive(Debug, Clone, Copy)]
+struct Leaving {
+    block: *const Block,
+    kind: Kind,
+}
+
+/// Why it leaves.
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    /// Something is to be looked at; the block has not begun.
+    Look,
+    /// To another block of the page, at this offset in it. `place` is the jump to be linked.
+    Link { link: u8, offset: u16, place: u32 },
+    /// To an offset from the page's beginning, out of the page.
+    Away { offset: i32 },
+    /// The interpreter is to do an instruction: operations of the block, and where the code goes on
+    /// behind them.
+    Step { op: u16, count: u16, resume: u32 },
+}
+
+/// Translates, and has what was translated.
+pub(crate) struct Translator {
+    /// `None`: this host cannot, or nothing is to be translated.
+    memory: Option<CodeMemory>,
+    /// Runs of a block after which it is translated.
+    pub(crate) after: u32,
+    leavings: Vec<Leaving>,
+    assembler: Assembler,
+    encoder: Encoder,
+    /// Operations that the interpreter does one at a time.
+    step: Box<[Op; step::MOST]>,
+    /// There was no room for a block.
+    full: bool,
+    /// Everything is interpreted as well.
+    pub(crate) verifies: bool,
+    /// Runs that came to the same end.
+    pub(crate) verified: u64,
+    /// The first that did not.
+    pub(crate) difference: Option<String>,
+}
+
+impl std::fmt::Debug for Translator {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Translator")
+            .field("memory", &self.memory)
+            .field("leavings", &self.leavings.len())
+            .finish_non_exhaustive()
+    }
+}
+
+#[expect(
+    unsafe_code,
+    reason = "the processor is made on one thread and run on another"
+)]
+// SAFETY: the pointers lead to blocks that the same processor owns.
+unsafe impl Send for Translator {}
+
+impl Translator {
+    pub(crate) fn new(translation: Translation) -> Self {
+        let (after, wanted) = match translation {
+            Translation::Never => (0, false),
+            Translation::After(runs) | Translation::Verified(runs) => (runs.get(), true),
+        };
+        let able = wanted
+            && std::arch::is_x86_feature_detected!("bmi2")
+            && std::arch::is_x86_feature_detected!("sse4.2")
+            && std::arch::is_x86_feature_detected!("popcnt");
+        let memory = able.then(|| CodeMemory::new(CODE));
+        let memory = memory.and_then(|memory| match memory {
+            Ok(memory) => Some(memory),
+            Err(error) => {
+                tracing::warn!(%error, "no memory for translated code: the processor interprets");
+                None
+            }
+        });
+        let mut translator = Self {
+            memory,
+            after,
+            leavings: Vec::new(),
+            assembler: Assembler::default(),
+            encoder: Encoder::new(64),
+            step: Box::new(step::no_operations()),
+            full: false,
+            verifies: matches!(translation, Translation::Verified(_)),
+            verified: 0,
+            difference: None,
+        };
+        translator.begin();
+        translator
+    }
+
+    /// Writes what all code needs.
+    fn begin(&mut self) {
+        let Some(memory) = &mut self.memory else {
+            return;
+        };
+        // MOVABS R11, leave; JMP R11.
+        let mut way_out = vec![0x49, 0xbb];
+        let leave = enter::leave as unsafe extern "sysv64" fn();
+        way_out.extend_from_slice(&(leave as usize as u64).to_le_bytes());
+        way_out.extend_from_slice(&[0x41, 0xff, 0xe3]);
+        let at = memory.append(&way_out);
+        debug_assert_eq!(at, Some(WAY_OUT), "the first that is written");
+    }
+
+    /// Is there any translated code?
+    #[cfg(test)]
+    pub(crate) fn has_code(&self) -> bool {
+        !self.leavings.is_empty()
+    }
+
+    /// Puts other bytes in the place of some of the code; false when they are not there.
+    #[cfg(test)]
+    pub(crate) fn spoil(&mut self, old: &[u8], new: &[u8]) -> bool {
+        let memory = self.memory.as_mut();
+        memory.is_some_and(|memory| memory.spoil(old, new))
+    }
+
+    /// Shall all translated code be dropped, to make room?
+    pub(crate) fn is_full(&self) -> bool {
+        self.full
+    }
+
+    /// Forgets all code. No block refers to it any more, and none of it runs.
+    pub(crate) fn clear(&mut self) {
+        if let Some(memory) = &mut self.memory {
+            memory.clear();
+        }
+        self.leavings.clear();
+        self.full = false;
+        self.begin();
+    }
+
+    fn address(&self, offset: u32) -> *const u8 {
+        self.memory
+            .as_ref()
+            .map_or(std::ptr::null(), |memory| memory.address(offset as usize))
+    }
+}
+
+/// Where the code is that leaves.
+const WAY_OUT: usize = 0;

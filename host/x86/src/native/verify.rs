@@ -1,0 +1,258 @@
+//! Lockstep: each block is interpreted and run as translated code, from the same state, and both have
+//! to come to the same end.
+//!
+//! The interpreter goes first, with a journal of what its stores replace; its end is noted, and
+//! everything taken back. Then the translation runs, one block of it, and what it has made is compared.
+//! Blocks are cut around instructions that translated code leaves to the interpreter in any case: what
+//! those do to devices and clocks must not be done twice.
+
+use std::fmt::Write;
+
+use iced_x86::{Decoder, DecoderOptions, FastFormatter, Instruction};
+
+use crate::cpu::Cpu;
+use crate::decode::Block;
+use crate::exec::flags::ARITHMETIC;
+use crate::exec::op::{At, Exit, slot};
+use crate::float::FloatState;
+use crate::host::HostValue;
+
+/// How often a block that came to two ends is tried again: a device may have written in between what
+/// it read.
+const TRIES: usize = 4;
+
+/// A store that can be taken back.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Replaced {
+    pub(crate) at: *mut u8,
+    pub(crate) byte: u8,
+}
+
+/// What the guest can see of a processor between two instructions.
+#[derive(Clone, PartialEq, Eq)]
+struct Seen {
+    regs: [u64; 16],
+    rip: u64,
+    flags: u64,
+    float: Box<FloatState>,
+}
+
+impl Cpu {
+    fn seen(&self) -> Seen {
+        let mut regs = [0; 16];
+        regs.copy_from_slice(&self.regs[..16]);
+        Seen {
+            regs,
+            rip: self.rip,
+            flags: self.flags.to_rflags(),
+            float: Box::new(self.float.clone()),
+        }
+    }
+
+    fn set_seen(&mut self, seen: &Seen) {
+        self.regs[..16].copy_from_slice(&seen.regs);
+        self.rip = seen.rip;
+        self.flags = crate::exec::flags::Flags::from_rflags(seen.flags);
+        self.float.clone_from(&seen.float);
+    }
+
+    /// Interprets a block and runs its translation. `None`: the interpreter is to do it alone.
+    pub(crate) fn run_verified(&mut self, block: &'static Block, code: *const u8) -> Option<Exit> {
+        let before = self.seen();
+        let (budget, instructions) = (self.budget, self.instructions);
+        let undefined = self.undefined_flags(block);
+        let mut first = None;
+        for _ in 0..TRIES {
+            let interpreted = self.interpret(block);
+            let (after, stores) = match interpreted {
+                Some(end) => end,
+                None => {
+                    self.set_seen(&before);
+                    self.instructions = instructions;
+                    return None;
+                }
+            };
+            self.set_seen(&before);
+            self.instructions = instructions;
+            // The second block that follows finds that something is due.
+            self.budget = 2;
+            let exit = self.run_translated(code);
+            self.budget = budget;
+            let mut now = self.seen();
+            now.flags |= undefined;
+            let expected = Seen {
+                flags: after.flags | undefined,
+                ..after
+            };
+            let memory = differing(&stores);
+            if exit != Exit::Abort && now == expected && memory.is_none() {
+                self.translator.verified += 1;
+                return Some(if exit == Exit::Next { Exit::Next } else { exit });
+            }
+            let report = || {
+                let mut text = self.describe(block, [&before, &expected, &now]);
+                let _ = writeln!(text, "  left by {exit:?}");
+                if let Some(memory) = &memory {
+                    let _ = writeln!(text, "  {memory}");
+                }
+                text
+            };
+            first.get_or_insert_with(report);
+            for (store, _) in stores.iter().rev() {
+                put(store.at, store.byte);
+            }
+        }
+        let report = first.unwrap_or_default();
+        tracing::error!("the interpreter and translated code differ:\n{report}");
+        self.translator.difference = Some(report);
+        // The interpreter is right until shown otherwise.
+        self.set_seen(&before);
+        self.instructions = instructions;
+        self.budget = 0;
+        None
+    }
+
+    /// Interprets one block, and takes back what it did. `None`: an instruction ended early.
+    fn interpret(&mut self, block: &'static Block) -> Option<(Seen, Vec<(Replaced, u8)>)> {
+        self.tlb.withhold_writes();
+        self.journal = Some(Vec::new());
+        self.set_current(block);
+        self.regs[usize::from(slot::RIP)] = self.rip;
+        self.budget |= super::step::ALONE;
+        let at = At::first(&block.ops);
+        let exit = (at.get().handler)(self, at);
+        self.budget &= !super::step::ALONE;
+        let journal = self.journal.take().unwrap_or_default();
+        let after = self.seen();
+        let mut stores = Vec::with_capacity(journal.len());
+        for replaced in journal.into_iter().rev() {
+            stores.push((replaced, get(replaced.at)));
+            put(replaced.at, replaced.byte);
+        }
+        stores.reverse();
+        (exit != Exit::Abort).then_some((after, stores))
+    }
+
+    /// The flags that the architecture leaves undefined at a block's end.
+    fn undefined_flags(&self, block: &Block) -> u64 {
+        let instructions = self.instructions_of(block);
+        let undefined = instructions.iter().fold(0, |undefined, i| {
+            // Shifts by a count that may be zero leave what was.
+            let written = i.rflags_written() | i.rflags_cleared() | i.rflags_set();
+            undefined & !written | i.rflags_undefined()
+        });
+        let bits = [
+            (iced_x86::RflagsBits::OF, crate::exec::flags::OF),
+            (iced_x86::RflagsBits::SF, crate::exec::flags::SF),
+            (iced_x86::RflagsBits::ZF, crate::exec::flags::ZF),
+            (iced_x86::RflagsBits::AF, crate::exec::flags::AF),
+            (iced_x86::RflagsBits::CF, crate::exec::flags::CF),
+            (iced_x86::RflagsBits::PF, crate::exec::flags::PF),
+        ];
+        let named = bits.iter().filter(|(bit, _)| undefined & bit != 0);
+        named.fold(0, |flags, (_, flag)| flags | flag) & ARITHMETIC
+    }
+
+    fn instructions_of(&self, block: &Block) -> Vec<Instruction> {
+        let bytes = self.blocks.bytes_of(block).unwrap_or_default();
+        let at = self.native.page + u64::from(block.start);
+        Decoder::with_ip(64, bytes, at, DecoderOptions::NONE)
+            .into_iter()
+            .collect()
+    }
+
+    /// A block, and the states before it, after it as interpreted, and after it as translated.
+    fn describe(&self, block: &Block, [before, interpreted, translated]: [&Seen; 3]) -> String {
+        let mut text = String::new();
+        let mut formatter = FastFormatter::new();
+        for i in self.instructions_of(block) {
+            let mut line = String::new();
+            formatter.format(&i, &mut line);
+            let _ = writeln!(text, "  {:#x}  {line}", i.ip());
+        }
+        let names = [
+            "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11",
+            "r12", "r13", "r14", "r15",
+        ];
+        let _ = writeln!(
+            text,
+            "  {:6} {:>18} {:>18} {:>18}",
+            "", "before", "interpreted", "translated"
+        );
+        let rows = names
+            .iter()
+            .zip(0..)
+            .map(|(name, at): (_, usize)| {
+                (
+                    *name,
+                    before.regs[at],
+                    interpreted.regs[at],
+                    translated.regs[at],
+                )
+            })
+            .chain([
+                ("rip", before.rip, interpreted.rip, translated.rip),
+                ("flags", before.flags, interpreted.flags, translated.flags),
+                (
+                    "mxcsr",
+                    before.float.mxcsr.into(),
+                    interpreted.float.mxcsr.into(),
+                    translated.float.mxcsr.into(),
+                ),
+            ]);
+        for (name, before, interpreted, translated) in rows {
+            let mark = if interpreted == translated {
+                ""
+            } else {
+                "  <--"
+            };
+            let _ = writeln!(
+                text,
+                "  {name:6} {before:#18x} {interpreted:#18x} {translated:#18x}{mark}"
+            );
+        }
+        for (at, (a, b)) in interpreted
+            .float
+            .xmm
+            .iter()
+            .zip(&translated.float.xmm)
+            .enumerate()
+        {
+            if a != b {
+                let _ = writeln!(text, "  xmm{at} {a:#x} {b:#x}");
+            }
+        }
+        text
+    }
+}
+
+/// The first byte that was to be stored and is something else.
+fn differing(stores: &[(Replaced, u8)]) -> Option<String> {
+    // Of bytes that were stored more than once, the last counts: it is the one that was read first
+    // when they were taken back.
+    let mut last = std::collections::HashMap::new();
+    for (replaced, stored) in stores.iter().rev() {
+        last.entry(replaced.at).or_insert(*stored);
+    }
+    last.into_iter().find_map(|(at, stored)| {
+        let now = get(at);
+        (now != stored)
+            .then(|| format!("a byte of RAM became {now:#x} instead of {stored:#x} ({at:?} here)"))
+    })
+}
+
+fn get(at: *mut u8) -> u8 {
+    // SAFETY: the journal has addresses of guest RAM, which lives as long as the processor.
+    #[expect(unsafe_code, reason = "guest memory is reached by pointer")]
+    unsafe {
+        u8::load(at)
+    }
+}
+
+fn put(at: *mut u8, byte: u8) {
+    // SAFETY: as above.
+    #[expect(unsafe_code, reason = "guest memory is reached by pointer")]
+    unsafe {
+        u8::store(at, byte);
+    }
+}
