@@ -173,6 +173,8 @@ fn is_plain(mnemonic: M) -> bool {
             | M::Lahf
             | M::Sahf
             | M::Popcnt
+            | M::Tzcnt
+            | M::Lzcnt
             | M::Cmovo
             | M::Cmovno
             | M::Cmovb
@@ -473,14 +475,28 @@ impl Work<'_> {
                 _ => return Err(Unable),
             }
         }
-        if i.mnemonic() == M::Mov
-            && memory.is_some()
-            && i.memory_displ_size() == 8
-            && i.memory_base() == Register::None
-            && i.memory_index() == Register::None
-        {
-            // With a whole address in it.
+        let whole_address = matches!(
+            i.code(),
+            Code::Mov_AL_moffs8
+                | Code::Mov_AX_moffs16
+                | Code::Mov_EAX_moffs32
+                | Code::Mov_RAX_moffs64
+                | Code::Mov_moffs8_AL
+                | Code::Mov_moffs16_AX
+                | Code::Mov_moffs32_EAX
+                | Code::Mov_moffs64_RAX
+        );
+        if whole_address {
             return Err(Unable);
+        }
+        // Without these, their encodings are others'.
+        match i.code() {
+            Code::Tzcnt_r32_rm32 if !self.baseline.has("bmi1") => i.set_code(Code::Bsf_r32_rm32),
+            Code::Tzcnt_r64_rm64 if !self.baseline.has("bmi1") => i.set_code(Code::Bsf_r64_rm64),
+            Code::Lzcnt_r32_rm32 if !self.baseline.has("abm") => i.set_code(Code::Bsr_r32_rm32),
+            Code::Lzcnt_r64_rm64 if !self.baseline.has("abm") => i.set_code(Code::Bsr_r64_rm64),
+            _ if matches!(i.mnemonic(), M::Tzcnt | M::Lzcnt) => return Err(Unable),
+            _ => {}
         }
         let bit_string = matches!(i.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc)
             && memory.is_some()
