@@ -26,3 +26,6 @@ pub use vm_memory::GuestAddress;
 
 /// Bytes in a page, the unit of the dirty log and of migration.
 pub const PAGE_SIZE: u64 = 4096;
+
+/// Bytes of a huge page of the host: guest RAM is mapped so that it can have them.
+pub const HUGE_PAGE_SIZE: u64 = 2 << 20;

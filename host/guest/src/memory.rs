@@ -17,7 +17,7 @@ use vm_memory::{
 };
 
 use crate::dirty::{DirtyLog, DirtyRange};
-use crate::{PAGE_SIZE, layout};
+use crate::{HUGE_PAGE_SIZE, PAGE_SIZE, layout};
 
 /// Guest RAM as vm-memory sees it; every write through it marks the dirty log.
 pub type Mapping = GuestMemoryMmap<DirtyRange>;
@@ -195,6 +195,7 @@ impl Memory {
         let mut mapped = Vec::new();
         let mut mmaps = Vec::new();
         for region in regions {
+            let _gap = AlignedGap::new(region.size as usize);
             let range = DirtyRange::new(Arc::clone(&log), region.offset);
             let mmap = MmapRegionBuilder::new_with_bitmap(region.size as usize, range)
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
@@ -351,6 +352,65 @@ fn ram_regions(size: u64) -> Result<Vec<RamRegion>, MemoryError> {
     Ok(regions)
 }
 
+/// A gap in this process's address space that begins at a multiple of [`HUGE_PAGE_SIZE`], with
+/// something on both sides: the next mapping of its size goes there, unless another thread maps
+/// something meanwhile or a smaller gap fits as well. A mapping that goes elsewhere works, but may be
+/// without huge pages.
+struct AlignedGap {
+    sides: [(*mut libc::c_void, usize); 2],
+}
+
+impl AlignedGap {
+    /// None when there is no room.
+    fn new(size: usize) -> Option<Self> {
+        const HUGE: usize = HUGE_PAGE_SIZE as usize;
+        let reserved = size.checked_add(HUGE)?;
+        // SAFETY: a new mapping at an address that the kernel chooses affects no other.
+        #[expect(unsafe_code, reason = "mmap has no safe wrapper in std")]
+        let start = unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+            libc::mmap(
+                std::ptr::null_mut(),
+                reserved,
+                libc::PROT_NONE,
+                flags,
+                -1,
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return None;
+        }
+        let before = start.addr().next_multiple_of(HUGE) - start.addr();
+        let gap = start.wrapping_byte_add(before);
+        let after = gap.wrapping_byte_add(size);
+        unmap(gap, size);
+        Some(Self {
+            sides: [(start, before), (after, HUGE - before)],
+        })
+    }
+}
+
+impl Drop for AlignedGap {
+    fn drop(&mut self) {
+        for (start, length) in self.sides {
+            unmap(start, length);
+        }
+    }
+}
+
+/// Gives back a part of what [`AlignedGap::new`] reserved.
+fn unmap(start: *mut libc::c_void, length: usize) {
+    if length == 0 {
+        return;
+    }
+    // SAFETY: the range is reserved and nobody was given its address.
+    #[expect(unsafe_code, reason = "munmap has no safe wrapper in std")]
+    unsafe {
+        libc::munmap(start, length);
+    }
+}
+
 fn memory_file(size: u64) -> io::Result<File> {
     // SAFETY: the name is a NUL-terminated constant; the descriptor that comes back is ours.
     #[expect(unsafe_code, reason = "memfd_create has no safe wrapper in std")]
@@ -456,6 +516,21 @@ mod tests {
         assert_eq!(page, PageIndex((3 << 30) / PAGE_SIZE));
         assert_eq!(memory.address_of(page), Some(GuestAddress(4 << 30)));
         assert_eq!(memory.address_of(PageIndex(memory.pages())), None);
+    }
+
+    #[test]
+    fn ram_can_have_huge_pages() {
+        // A fragment of a huge page in front, as other mappings leave it.
+        let odd = Memory::new((1 << 20) + 4096).unwrap();
+        for size in [4 << 20, (5 << 30) + 4096] {
+            let memory = Memory::new(size).unwrap();
+            for region in memory.regions() {
+                let start = memory.host_page(PageIndex(region.offset / PAGE_SIZE));
+                let start = start.unwrap().addr().get() as u64;
+                assert!(start.is_multiple_of(HUGE_PAGE_SIZE), "{start:#x}");
+            }
+        }
+        drop(odd);
     }
 
     #[test]

@@ -4,14 +4,20 @@
 //! which takes longer than receiving it. Sources say ahead which pages will come, and this thread
 //! lets the kernel prepare them (`MADV_POPULATE_WRITE`) while the lanes receive those before. A page
 //! that it is too late for costs what it would have cost anyway.
+//!
+//! Where all pages of a [huge page](dunlin_guest::HUGE_PAGE_SIZE) will come, the kernel is asked for
+//! one (`MADV_COLLAPSE`, which does not depend on the host's setting for huge pages in shared
+//! memory). It is prepared in a tenth of the time of 512 pages, and the guest runs faster on it. A
+//! post-copy that follows splits it again where pages are missing.
 
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
 
-use dunlin_guest::{Memory, PAGE_SIZE, PageIndex};
+use dunlin_guest::{HUGE_PAGE_SIZE, Memory, PAGE_SIZE, PageIndex};
 
 use crate::error::MigrationError;
 use crate::options::CancelToken;
+use crate::pages;
 use crate::protocol::runs::Run;
 
 /// Announcements that wait; more are passed over.
@@ -22,6 +28,14 @@ const SLICE: Duration = Duration::from_millis(100);
 const STEP: u64 = 256;
 /// `MADV_POPULATE_WRITE` of Linux 5.14.
 const POPULATE_WRITE: libc::c_int = 23;
+/// `MADV_COLLAPSE` of Linux 6.1.
+const COLLAPSE: libc::c_int = 25;
+/// Pages of a huge page.
+const HUGE: u64 = HUGE_PAGE_SIZE / PAGE_SIZE;
+/// A huge page that took more of the processor's time had to be made room for.
+const SLOW_SECONDS: f64 = 0.010;
+/// Huge pages that are not asked for after the host had none at hand.
+const REST: u32 = 16;
 
 /// Starts the thread; what it is sent, it prepares, until `stop`.
 pub(super) fn start(
@@ -40,6 +54,7 @@ pub(super) fn start(
 }
 
 fn run(memory: &Memory, stop: &CancelToken, inbox: &Receiver<Vec<Run>>) {
+    let mut rest = 0;
     while !stop.is_cancelled() {
         let runs = match inbox.recv_timeout(SLICE) {
             Ok(runs) => runs,
@@ -50,19 +65,55 @@ fn run(memory: &Memory, stop: &CancelToken, inbox: &Receiver<Vec<Run>>) {
             let end = run.first.0 + u64::from(run.count);
             let mut at = run.first.0;
             while at < end && !stop.is_cancelled() {
-                let count = STEP.min(end - at);
-                if !populate(memory, at, count) {
-                    // An old kernel, or one without memory: the lanes will find out.
-                    return;
+                let border = (at + 1).next_multiple_of(HUGE);
+                let whole = border - at == HUGE
+                    && border <= end
+                    && memory
+                        .resident_run(PageIndex(at), 1)
+                        .is_ok_and(|run| run == 0);
+                if whole && rest == 0 {
+                    let start = pages::thread_cpu_seconds();
+                    let made = make_huge(memory, at);
+                    if !made || pages::thread_cpu_seconds() - start > SLOW_SECONDS {
+                        rest = REST;
+                    }
+                    if made {
+                        at = border;
+                        continue;
+                    }
                 }
-                at += count;
+                if whole {
+                    rest = rest.saturating_sub(1);
+                }
+                while at < end.min(border) {
+                    let count = STEP.min(end.min(border) - at);
+                    if !populate(memory, at, count) {
+                        // An old kernel, or one without memory: the lanes will find out.
+                        return;
+                    }
+                    at += count;
+                }
             }
         }
     }
 }
 
+/// Prepares a huge page; false when the kernel does not.
+fn make_huge(memory: &Memory, first: u64) -> bool {
+    let aligned = memory
+        .host_page(PageIndex(first))
+        .is_some_and(|start| start.addr().get().is_multiple_of(HUGE_PAGE_SIZE as usize));
+    // The kernel has nothing to collapse where no page is at all.
+    aligned && populate(memory, first, 1) && advise(memory, first, HUGE, COLLAPSE)
+}
+
 /// Prepares pages; false when the kernel does not.
 fn populate(memory: &Memory, first: u64, count: u64) -> bool {
+    advise(memory, first, count, POPULATE_WRITE)
+}
+
+/// Gives one of the two advices about pages; false when the kernel does not follow it.
+fn advise(memory: &Memory, first: u64, count: u64, advice: libc::c_int) -> bool {
     let last = memory.host_page(PageIndex(first + count - 1));
     let (Some(start), Some(last)) = (memory.host_page(PageIndex(first)), last) else {
         return false;
@@ -72,16 +123,19 @@ fn populate(memory: &Memory, first: u64, count: u64) -> bool {
         // The run crosses from one mapping to the next: not worth two calls.
         return true;
     }
-    // SAFETY: the range is whole pages of one mapping that `memory` holds; the call changes no
+    // SAFETY: the range is whole pages of one mapping that `memory` holds; neither advice changes
     // content.
     #[expect(unsafe_code, reason = "madvise has no safe wrapper in std")]
-    let result = unsafe { libc::madvise(start.as_ptr().cast(), length, POPULATE_WRITE) };
+    let result = unsafe { libc::madvise(start.as_ptr().cast(), length, advice) };
     result == 0
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::uffd::{FaultingMemory, Userfaultfd};
 
     #[test]
     fn pages_have_memory_afterwards_and_no_others_do() {
@@ -100,6 +154,64 @@ mod tests {
             return;
         }
         assert_eq!(bytes, 300 * PAGE_SIZE);
+    }
+
+    #[test]
+    fn where_all_pages_of_a_huge_page_come_there_is_one() {
+        let memory = Memory::new(16 << 20).unwrap();
+        if !make_huge(&memory, 7 * HUGE) {
+            println!("SKIP: this kernel makes no huge pages on demand");
+            return;
+        }
+        let stop = CancelToken::new();
+        let (sender, inbox) = sync_channel(1);
+        let first = PageIndex(HUGE - 2);
+        let count = (2 * HUGE + 5) as u32;
+        sender.send(vec![Run { first, count }]).unwrap();
+        drop(sender);
+        run(&memory, &stop, &inbox);
+        assert_eq!(huge_bytes(&memory), 3 * HUGE_PAGE_SIZE);
+        assert_eq!(
+            memory.resident_run(first, HUGE * 3).unwrap(),
+            u64::from(count)
+        );
+    }
+
+    /// Bytes of huge pages that this process has mapped of the memory's first region.
+    fn huge_bytes(memory: &Memory) -> u64 {
+        let start = memory.host_page(PageIndex(0)).unwrap().addr().get();
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut fields = maps
+            .lines()
+            .skip_while(|line| !line.starts_with(&format!("{start:x}-")))
+            .filter_map(|line| line.strip_prefix("ShmemPmdMapped:"));
+        let kibibytes = fields.next().unwrap().trim().trim_end_matches(" kB");
+        kibibytes.parse::<u64>().unwrap() << 10
+    }
+
+    #[test]
+    fn pages_of_a_huge_page_become_holes_one_by_one() {
+        let memory = Memory::new(16 << 20).unwrap();
+        if !make_huge(&memory, HUGE) {
+            println!("SKIP: this kernel makes no huge pages on demand");
+            return;
+        }
+        assert!(memory.write_page(PageIndex(HUGE + 8), &[7; PAGE_SIZE as usize]));
+        let Ok(uffd) = Userfaultfd::open() else {
+            println!("SKIP: this host has no userfaultfd for us");
+            return;
+        };
+        let ram = FaultingMemory::new(Arc::new(uffd), memory.clone());
+        ram.discard(PageIndex(HUGE + 7), 1).unwrap();
+        ram.discard(PageIndex(HUGE + 9), 1).unwrap();
+        let run = |page| memory.resident_run(PageIndex(page), HUGE).unwrap();
+        assert_eq!(
+            [run(HUGE), run(HUGE + 7), run(HUGE + 8), run(HUGE + 9)],
+            [7, 0, 1, 0]
+        );
+        let mut page = [0; PAGE_SIZE as usize];
+        assert!(memory.read_page(PageIndex(HUGE + 8), &mut page));
+        assert_eq!(page, [7; PAGE_SIZE as usize]);
     }
 
     #[test]
