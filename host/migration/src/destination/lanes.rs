@@ -2,19 +2,17 @@
 //! come.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use dunlin_lane::{LaneError, LaneEvent, PageReceiver};
 
 use super::inventory::Inventory;
-use super::preparing;
+use super::preparing::Preparer;
 use crate::error::MigrationError;
 use crate::options::CancelToken;
 use crate::pages;
 use crate::protocol::lane::{self, Counts, LaneMessage, LaneMessageError};
-use crate::protocol::runs::Run;
 
 /// How often a lane's thread looks whether it shall end.
 const SLICE: Duration = Duration::from_millis(100);
@@ -150,7 +148,8 @@ impl Lanes {
             book: Arc::clone(&book),
             stop: CancelToken::new(),
         };
-        let preparer = preparing::start(inventory.memory().clone(), lanes.stop.clone())?;
+        let preparer = Preparer::start(inventory.memory().clone(), lanes.stop.clone())?;
+        let preparer = Arc::new(preparer);
         for (index, mut lane) in receivers.into_iter().enumerate() {
             for window in pages::windows(inventory.memory()) {
                 lane.grant(window, Instant::now() + GRANT)?;
@@ -161,7 +160,7 @@ impl Lanes {
                 inventory: Arc::clone(inventory),
                 book: Arc::clone(&book),
                 stop: lanes.stop.clone(),
-                preparer: preparer.clone(),
+                preparer: Arc::clone(&preparer),
                 scratch: Vec::new(),
                 round: 0,
                 counts: Counts::default(),
@@ -195,7 +194,7 @@ struct Body {
     inventory: Arc<Inventory>,
     book: Arc<Book>,
     stop: CancelToken,
-    preparer: SyncSender<Vec<Run>>,
+    preparer: Arc<Preparer>,
     scratch: Vec<u8>,
     round: u32,
     counts: Counts,
@@ -255,8 +254,7 @@ impl Body {
             }
             LaneMessage::Ahead { round, runs } => {
                 self.enter(round);
-                // Only a help: what is too much for it is left to the lanes.
-                let _too_much = self.preparer.try_send(runs);
+                self.preparer.expect(runs);
                 Counts::default()
             }
             LaneMessage::Mark { round, counts } => {

@@ -1,16 +1,20 @@
 //! Host memory for pages that are on their way.
 //!
 //! The first touch of a page of guest RAM makes the kernel find, clear and map a page of the host,
-//! which takes longer than receiving it. Sources say ahead which pages will come, and this thread
-//! lets the kernel prepare them (`MADV_POPULATE_WRITE`) while the lanes receive those before. A page
-//! that it is too late for costs what it would have cost anyway.
+//! which takes longer than receiving it. Sources say ahead which pages will come, and a thread
+//! lets the kernel prepare them (`MADV_POPULATE_WRITE`) while the lanes receive those before. When it
+//! falls behind, the lanes lend a hand. A page that this is too late for costs what it would have cost
+//! anyway.
 //!
 //! Where all pages of a [huge page](dunlin_guest::HUGE_PAGE_SIZE) will come, the kernel is asked for
 //! one (`MADV_COLLAPSE`, which does not depend on the host's setting for huge pages in shared
 //! memory). It is prepared in a tenth of the time of 512 pages, and the guest runs faster on it. A
 //! post-copy that follows splits it again where pages are missing.
 
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, AtomicU32};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::time::Duration;
 
 use dunlin_guest::{HUGE_PAGE_SIZE, Memory, PAGE_SIZE, PageIndex};
@@ -20,8 +24,9 @@ use crate::options::CancelToken;
 use crate::pages;
 use crate::protocol::runs::Run;
 
-/// Announcements that wait; more are passed over.
-const WAITING: usize = 64;
+/// Announcements that wait for the thread: half of what sources say ahead. A lane that brings more
+/// does it itself, since lanes that come to unprepared memory would take longer still.
+const WAITING: usize = 8;
 /// How often the thread looks whether it shall end.
 const SLICE: Duration = Duration::from_millis(100);
 /// Pages that are prepared at once: 1 MiB.
@@ -37,64 +42,102 @@ const SLOW_SECONDS: f64 = 0.010;
 /// Huge pages that are not asked for after the host had none at hand.
 const REST: u32 = 16;
 
-/// Starts the thread; what it is sent, it prepares, until `stop`.
-pub(super) fn start(
-    memory: Memory,
-    stop: CancelToken,
-) -> Result<SyncSender<Vec<Run>>, MigrationError> {
-    let (sender, inbox) = sync_channel(WAITING);
-    std::thread::Builder::new()
-        .name("page-preparer".to_owned())
-        .spawn(move || run(&memory, &stop, &inbox))
-        .map_err(|source| MigrationError::Host {
-            what: "a thread",
-            source,
-        })?;
-    Ok(sender)
+/// What the lanes of a session share to have memory prepared.
+pub(super) struct Preparer {
+    work: Arc<Work>,
+    thread: SyncSender<Vec<Run>>,
 }
 
-fn run(memory: &Memory, stop: &CancelToken, inbox: &Receiver<Vec<Run>>) {
-    let mut rest = 0;
-    while !stop.is_cancelled() {
-        let runs = match inbox.recv_timeout(SLICE) {
-            Ok(runs) => runs,
-            Err(std::sync::mpsc::RecvTimeoutError::Timeout) => continue,
-            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return,
-        };
+struct Work {
+    memory: Memory,
+    stop: CancelToken,
+    /// Huge pages that are not asked for next.
+    rest: AtomicU32,
+    /// The kernel does not populate, or has no memory: the lanes will find out.
+    vain: AtomicBool,
+}
+
+impl Preparer {
+    /// Starts the thread, which ends by `stop` or with the preparer.
+    pub(super) fn start(memory: Memory, stop: CancelToken) -> Result<Self, MigrationError> {
+        let work = Arc::new(Work {
+            memory,
+            stop,
+            rest: AtomicU32::new(0),
+            vain: AtomicBool::new(false),
+        });
+        let (thread, inbox) = sync_channel(WAITING);
+        let its = Arc::clone(&work);
+        std::thread::Builder::new()
+            .name("page-preparer".to_owned())
+            .spawn(move || its.run(&inbox))
+            .map_err(|source| MigrationError::Host {
+                what: "a thread",
+                source,
+            })?;
+        Ok(Self { work, thread })
+    }
+
+    /// Has pages prepared that are on their way: by the thread, or here when it has enough to do.
+    pub(super) fn expect(&self, runs: Vec<Run>) {
+        match self.thread.try_send(runs) {
+            Ok(()) => {}
+            Err(TrySendError::Full(runs) | TrySendError::Disconnected(runs)) => {
+                self.work.prepare(&runs);
+            }
+        }
+    }
+}
+
+impl Work {
+    fn run(&self, inbox: &Receiver<Vec<Run>>) {
+        while !self.stop.is_cancelled() {
+            match inbox.recv_timeout(SLICE) {
+                Ok(runs) => self.prepare(&runs),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+        }
+    }
+
+    fn prepare(&self, runs: &[Run]) {
         for run in runs {
             let end = run.first.0 + u64::from(run.count);
             let mut at = run.first.0;
-            while at < end && !stop.is_cancelled() {
+            while at < end {
+                if self.stop.is_cancelled() || self.vain.load(Relaxed) {
+                    return;
+                }
                 let border = (at + 1).next_multiple_of(HUGE);
-                let whole = border - at == HUGE
-                    && border <= end
-                    && memory
-                        .resident_run(PageIndex(at), 1)
-                        .is_ok_and(|run| run == 0);
-                if whole && rest == 0 {
-                    let start = pages::thread_cpu_seconds();
-                    let made = make_huge(memory, at);
-                    if !made || pages::thread_cpu_seconds() - start > SLOW_SECONDS {
-                        rest = REST;
-                    }
-                    if made {
-                        at = border;
-                        continue;
-                    }
-                }
-                if whole {
-                    rest = rest.saturating_sub(1);
-                }
-                while at < end.min(border) {
-                    let count = STEP.min(end.min(border) - at);
-                    if !populate(memory, at, count) {
-                        // An old kernel, or one without memory: the lanes will find out.
-                        return;
-                    }
-                    at += count;
-                }
+                let whole = border - at == HUGE && border <= end;
+                let count = STEP.min(end.min(border) - at);
+                at = if whole && self.prepare_huge(at) {
+                    border
+                } else {
+                    let able = populate(&self.memory, at, count);
+                    self.vain.fetch_or(!able, Relaxed);
+                    at + count
+                };
             }
         }
+    }
+
+    /// Prepares a huge page, if it may be tried; false when it is not there afterwards.
+    fn prepare_huge(&self, first: u64) -> bool {
+        let rested = |rest: u32| rest.checked_sub(1);
+        if self.rest.fetch_update(Relaxed, Relaxed, rested).is_ok() {
+            return false;
+        }
+        // Where lanes are at work already, what they brought would have to be copied.
+        if !matches!(self.memory.resident_run(PageIndex(first), 1), Ok(0)) {
+            return false;
+        }
+        let start = pages::thread_cpu_seconds();
+        let made = make_huge(&self.memory, first);
+        if !made || pages::thread_cpu_seconds() - start > SLOW_SECONDS {
+            self.rest.store(REST, Relaxed);
+        }
+        made
     }
 }
 
@@ -137,17 +180,59 @@ mod tests {
     use super::*;
     use crate::uffd::{FaultingMemory, Userfaultfd};
 
+    fn work(memory: &Memory) -> Work {
+        Work {
+            memory: memory.clone(),
+            stop: CancelToken::new(),
+            rest: AtomicU32::new(0),
+            vain: AtomicBool::new(false),
+        }
+    }
+
+    #[test]
+    fn what_is_too_much_for_the_thread_is_done_at_once() {
+        let memory = Memory::new(16 << 20).unwrap();
+        let (thread, inbox) = sync_channel(1);
+        let work = Arc::new(work(&memory));
+        let preparer = Preparer { work, thread };
+        let run = |first| Run {
+            first: PageIndex(first),
+            count: 3,
+        };
+        preparer.expect(vec![run(5)]);
+        preparer.expect(vec![run(10)]);
+        let resident = |page| memory.resident_run(PageIndex(page), 9).unwrap();
+        if preparer.work.vain.load(Relaxed) {
+            println!("SKIP: this kernel does not populate memory on demand");
+            return;
+        }
+        assert_eq!([resident(5), resident(10)], [0, 3]);
+        drop(preparer.thread);
+        preparer.work.run(&inbox);
+        assert_eq!(resident(5), 3);
+    }
+
+    #[test]
+    fn huge_pages_are_not_asked_for_right_after_the_host_had_none() {
+        let memory = Memory::new(80 << 20).unwrap();
+        if !make_huge(&memory, 0) {
+            println!("SKIP: this kernel makes no huge pages on demand");
+            return;
+        }
+        let work = work(&memory);
+        work.rest.store(2, Relaxed);
+        let made = (1..=4).map(|huge| work.prepare_huge(huge * HUGE));
+        assert_eq!(made.collect::<Vec<_>>(), [false, false, true, true]);
+        assert!(!work.prepare_huge(4 * HUGE), "pages are there already");
+    }
+
     #[test]
     fn pages_have_memory_afterwards_and_no_others_do() {
         use std::os::unix::fs::MetadataExt;
         let memory = Memory::new(16 << 20).unwrap();
         let first = PageIndex(100);
         assert!(first.0 + 300 < memory.pages());
-        let stop = CancelToken::new();
-        let (sender, inbox) = sync_channel(1);
-        sender.send(vec![Run { first, count: 300 }]).unwrap();
-        drop(sender);
-        run(&memory, &stop, &inbox);
+        work(&memory).prepare(&[Run { first, count: 300 }]);
         let bytes = memory.file().metadata().unwrap().blocks() * 512;
         if bytes == 0 {
             println!("SKIP: this kernel does not populate memory on demand");
@@ -163,13 +248,9 @@ mod tests {
             println!("SKIP: this kernel makes no huge pages on demand");
             return;
         }
-        let stop = CancelToken::new();
-        let (sender, inbox) = sync_channel(1);
         let first = PageIndex(HUGE - 2);
         let count = (2 * HUGE + 5) as u32;
-        sender.send(vec![Run { first, count }]).unwrap();
-        drop(sender);
-        run(&memory, &stop, &inbox);
+        work(&memory).prepare(&[Run { first, count }]);
         assert_eq!(huge_bytes(&memory), 3 * HUGE_PAGE_SIZE);
         assert_eq!(
             memory.resident_run(first, HUGE * 3).unwrap(),
