@@ -77,7 +77,7 @@ pub struct Cpu {
     pub(crate) cpl: u8,
     pub(crate) mode: Mode,
     pub(crate) abort: AbortReason,
-    abort_at: At,
+    pub(crate) abort_at: At,
     pub(crate) blocks: BlockCache,
     #[cfg(target_arch = "x86_64")]
     pub(crate) translator: Translator,

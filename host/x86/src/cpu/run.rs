@@ -54,7 +54,7 @@ impl Cpu {
             self.drop_all_code();
         }
         #[cfg(target_arch = "x86_64")]
-        if self.translator.is_full() {
+        if self.translator.is_full() || self.blocks.has_buried_many() {
             self.blocks.forget_translated();
             self.translator.clear();
         }
@@ -211,27 +211,26 @@ impl Cpu {
         }
     }
 
+    /// Of a block that was counted as a whole, only the instructions before an operation were done.
+    #[cold]
+    pub(crate) fn count_only(&mut self, block: &Block, op: usize) {
+        // An address operation precedes its instruction.
+        let begun = &block.ops[..block.ops.len().min(op + 1)];
+        let done = begun
+            .windows(2)
+            .filter(|pair| pair[0].offset != pair[1].offset);
+        self.instructions = self
+            .instructions
+            .wrapping_sub(u64::from(block.instructions))
+            .wrapping_add(done.count() as u64);
+    }
+
     /// An instruction of `block` ended early.
     #[cold]
     fn after_abort(&mut self, block: &Block) -> Option<Stop> {
         let at = self.abort_at.get();
-        let mut done = 0;
-        let mut last = 0;
-        for op in &block.ops {
-            if std::ptr::eq(op, self.abort_at.pointer()) {
-                break;
-            }
-            // An address operation precedes its instruction.
-            done += u64::from(op.offset != last);
-            last = op.offset;
-        }
-        if at.offset != last {
-            done += 1;
-        }
-        self.instructions = self
-            .instructions
-            .wrapping_sub(u64::from(block.instructions))
-            .wrapping_add(done);
+        let op = (block.ops.iter()).position(|op| std::ptr::eq(op, self.abort_at.pointer()));
+        self.count_only(block, op.unwrap_or(block.ops.len()));
         let rip = self.slot(slot::RIP).wrapping_add(at.offset.into());
         self.rip = if self.is_64_bit() {
             rip

@@ -20,6 +20,8 @@ const FETCHES: usize = 256;
 /// Operations beyond which all code is dropped, so that a guest cannot fill the host's memory by
 /// executing all of its own. A kernel's boot decodes half a million.
 const MOST_OPERATIONS: usize = 4_000_000;
+/// Operations of dropped blocks beyond which all translated code is forgotten.
+const MOST_BURIED: usize = 500_000;
 /// What a page costs, in operations.
 const PAGE_COST: usize = 200;
 /// Longest instruction.
@@ -86,6 +88,12 @@ pub(crate) struct BlockCache {
     /// Blocks that were dropped while one of them may have been running.
     #[expect(clippy::vec_box, reason = "links and jumps point to them")]
     dropped: Vec<Box<Block>>,
+    /// Those of them that were translated: what was made of them refers to them until all of it is
+    /// forgotten.
+    #[expect(clippy::vec_box, reason = "translated code points to them")]
+    buried: Vec<Box<Block>>,
+    /// Operations of the buried.
+    buried_size: usize,
     /// Pages decoded lately, which another processor may still be storing to unseen.
     young: Vec<(u64, u8)>,
     /// `CodeMap::stores` when all code was last known to be true.
@@ -116,6 +124,8 @@ impl BlockCache {
             local_upper: false,
             size: 0,
             dropped: Vec::new(),
+            buried: Vec::new(),
+            buried_size: 0,
             young: Vec::new(),
             stores: 0,
             single: None,
@@ -214,14 +224,25 @@ impl BlockCache {
             block.runs.set(0);
         }
         self.translated.fill(KnownJump::NONE);
+        self.buried.clear();
+        self.buried_size = 0;
     }
 
-    /// The bytes of a block of a page.
+    /// Is so much of what was translated dropped that it is time to forget all of it?
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn has_buried_many(&self) -> bool {
+        self.buried_size > MOST_BURIED
+    }
+
+    /// The bytes of a block of 64-bit code, unless it was dropped.
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn bytes_of(&self, block: &Block) -> Option<&[u8]> {
         let page = self.pages.get(&block.frame?)?;
+        let key = block.start << 2 | Mode::Bits64 as u16;
+        let known = page.blocks.get(&key)?;
         let start = usize::from(block.start);
-        page.copy.get(start..start + usize::from(block.bytes))
+        std::ptr::eq(&raw const **known, block)
+            .then(|| page.copy.get(start..start + usize::from(block.bytes)))?
     }
 
     /// Frees what was dropped. No block may be running.
@@ -243,8 +264,15 @@ impl BlockCache {
     fn clear_page(&mut self, frame: u64) {
         if let Some(page) = self.pages.get_mut(&frame) {
             page.lines = 0;
-            self.dropped
-                .extend(page.blocks.drain().map(|(_, block)| block));
+            for (_, block) in page.blocks.drain() {
+                // A block may go on after it was dropped, but not be entered in any table again.
+                if block.code.replace(std::ptr::null()).is_null() {
+                    self.dropped.push(block);
+                } else {
+                    self.buried_size += block.ops.len();
+                    self.buried.push(block);
+                }
+            }
             self.forget_jumps([true; 2]);
         }
     }

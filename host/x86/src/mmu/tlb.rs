@@ -113,6 +113,9 @@ pub(crate) struct Tlb {
     large: [bool; 2],
     /// The entries for the current privilege.
     pub(crate) current: *const Entry,
+    /// How often something was dropped.
+    #[cfg(target_arch = "x86_64")]
+    flushes: u64,
 }
 
 impl Tlb {
@@ -124,9 +127,28 @@ impl Tlb {
             is_local: Box::new([false; 2 * ENTRIES]),
             large: [false; 2],
             current: std::ptr::null(),
+            #[cfg(target_arch = "x86_64")]
+            flushes: 0,
         };
         tlb.set_privilege(Privilege::Supervisor);
         tlb
+    }
+
+    /// Makes sure that no entry is one that `other` has dropped: drops all when that dropped any since.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn follow(&mut self, other: &Self, privilege: Privilege) {
+        if self.flushes != other.flushes {
+            self.flush();
+            self.flushes = other.flushes;
+        }
+        self.set_privilege(privilege);
+    }
+
+    fn flushed(&mut self) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            self.flushes += 1;
+        }
     }
 
     pub(crate) fn set_privilege(&mut self, privilege: Privilege) {
@@ -182,6 +204,7 @@ impl Tlb {
 
     /// Drops all entries but those of global pages.
     pub(crate) fn flush_local(&mut self) {
+        self.flushed();
         for at in self.local.drain(..) {
             self.entries[usize::from(at)] = Entry::empty(at.into());
             self.is_local[usize::from(at)] = false;
@@ -190,6 +213,7 @@ impl Tlb {
 
     /// Drops all entries.
     pub(crate) fn flush(&mut self) {
+        self.flushed();
         self.local.clear();
         self.is_local.fill(false);
         *self.entries = std::array::from_fn(Entry::empty);
@@ -198,6 +222,7 @@ impl Tlb {
 
     /// Drops what may be the translation of `address`.
     pub(crate) fn flush_page(&mut self, address: u64) {
+        self.flushed();
         if self.large[(address >> 63) as usize] {
             // The page may be a gigabyte large.
             let region = address >> 30;

@@ -37,6 +37,7 @@ use crate::cpu::{Cpu, Translation};
 use crate::decode::Block;
 use crate::exec::flags::{ARITHMETIC, Flags, OF};
 use crate::exec::op::Op;
+use crate::mmu::Tlb;
 use code::CodeMemory;
 use emit::Assembler;
 pub(crate) use translate::is_known;
@@ -116,28 +117,30 @@ const fn slot_at(slot: u8) -> i32 {
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub(crate) struct KnownJump {
-    /// The address with its context, negated.
-    key: u64,
+    /// The address, negated.
+    linear: u64,
+    /// The context in which it is valid, negated. Compared by itself: a guest may jump to addresses
+    /// that are not canonical, so that a sum of both would be met by others.
+    context: u64,
     code: *const u8,
     page: u64,
-    _room: u64,
 }
 
 impl KnownJump {
     pub(crate) const NONE: Self = Self {
-        // No address is one.
-        key: 1,
+        linear: 1,
+        // No context is one.
+        context: 1,
         code: std::ptr::null(),
         page: 0,
-        _room: 0,
     };
 
     pub(crate) fn new(linear: u64, context: u64, code: *const u8) -> Self {
         Self {
-            key: linear.wrapping_add(context).wrapping_neg(),
+            linear: linear.wrapping_neg(),
+            context: context.wrapping_neg(),
             code,
             page: linear & !crate::mmu::PAGE_OFFSET,
-            _room: 0,
         }
     }
 
@@ -183,6 +186,9 @@ pub(crate) struct Translator {
     full: bool,
     /// Everything is interpreted as well.
     pub(crate) verifies: bool,
+    /// The TLB of the interpreter in lockstep, of which no entry serves writes: stores leave by it to
+    /// where they are noted.
+    tried: Tlb,
     /// Runs that came to the same end.
     pub(crate) verified: u64,
     /// The first that did not.
@@ -232,6 +238,7 @@ impl Translator {
             step: Box::new(step::no_operations()),
             full: false,
             verifies: matches!(translation, Translation::Verified(_)),
+            tried: Tlb::new(),
             verified: 0,
             difference: None,
         };

@@ -85,7 +85,9 @@ impl Cpu {
                 Kind::Step { op, count, resume } => {
                     match self.step(block, op.into(), count.into()) {
                         Exit::Stepped if self.budget == 0 => {
-                            let next = block.ops[usize::from(op + count)].offset;
+                            let behind = usize::from(op + count);
+                            let next = block.ops[behind].offset;
+                            self.count_only(block, behind);
                             self.rip = self.slot(slot::RIP).wrapping_add(next.into());
                             return Exit::Next;
                         }

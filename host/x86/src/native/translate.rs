@@ -441,6 +441,13 @@ impl Work<'_> {
     /// An instruction that is run as it is.
     fn plain(&mut self, original: &Instruction, instruction: usize) -> Able {
         let mut i = *original;
+        if i.code() == Code::Movsxd_r16_rm16 {
+            // Some processors read 32 bits of memory, others 16.
+            return Err(Unable);
+        }
+        // Hints for a lock's elision, which would begin on a host that has it.
+        i.set_has_repe_prefix(false);
+        i.set_has_repne_prefix(false);
         let memory = (0..i.op_count()).find(|&n| i.op_kind(n) == OpKind::Memory);
         let by_count = (1..i.op_count())
             .any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n) == Register::CL)
@@ -785,40 +792,51 @@ impl Work<'_> {
     /// On to an offset from the page's beginning: a jump that a stub, or code behind the rest, takes
     /// up.
     fn go(&mut self, jump: Jump, link: u8, offset: i64, instruction: Option<usize>) {
-        match u16::try_from(offset)
-            .ok()
-            .filter(|&o| u64::from(o) <= PAGE_OFFSET)
-        {
-            Some(offset) => self.stubs.push(Stub {
+        let near = u16::try_from(offset).ok();
+        match (
+            near.filter(|&o| u64::from(o) <= PAGE_OFFSET),
+            i32::try_from(offset),
+            instruction,
+        ) {
+            (Some(offset), ..) => self.stubs.push(Stub {
                 jump,
                 kind: StubKind::Link { link, offset },
             }),
-            None => self.far.push(Far {
+            (None, Ok(offset), _) => self.far.push(Far {
                 jump,
-                offset: offset as i32,
+                offset,
                 instruction,
             }),
+            // From the page's beginning it is further than an instruction can say.
+            (None, Err(_), instruction) => self.step_at(jump, instruction.unwrap_or_default()),
         }
     }
 
     /// Finds the jump to the linear address in R10 in the table: R11 points to it. What is not there
-    /// goes to the jump that is given back.
-    fn look_up_jump(&mut self) -> Jump {
+    /// goes to the jumps that are given back.
+    fn look_up_jump(&mut self) -> [Jump; 2] {
         let upper = self.upper;
         let asm = self.asm();
-        let key = offset_of!(BlockCache, keys) + usize::from(upper) * 8;
-        asm.load(
-            RCX,
-            at(R15, (offset_of!(Cpu, blocks) + key) as i32 - BIAS as i32),
-        );
         asm.pext(R11, R10, context(offset_of!(Context, jump_bits)));
-        asm.lea(R10, at_index(R10, RCX, 0, 0));
         asm.rorx(R11, R11, 64 - size_of::<KnownJump>().trailing_zeros() as u8);
         asm.load(RCX, field!(blocks.translated));
         asm.lea(R11, at_index(R11, RCX, 0, 0));
-        asm.load(RCX, at(R11, offset_of!(KnownJump, key) as i32));
+        asm.load(RCX, at(R11, offset_of!(KnownJump, linear) as i32));
         asm.lea(RCX, at_index(RCX, R10, 0, 0));
-        asm.unless_rcx_zero()
+        let elsewhere = asm.unless_rcx_zero();
+        let key = offset_of!(BlockCache, keys) + usize::from(upper) * 8;
+        let key = offset_of!(Cpu, blocks) + key;
+        asm.load(R10, at(R15, key as i32 - BIAS as i32));
+        asm.load(RCX, at(R11, offset_of!(KnownJump, context) as i32));
+        asm.lea(RCX, at_index(RCX, R10, 0, 0));
+        [elsewhere, asm.unless_rcx_zero()]
+    }
+
+    /// As [`Work::look_up_jump`]; the interpreter does the instruction when the jump is not known.
+    fn known_jump(&mut self, instruction: usize) {
+        for unknown in self.look_up_jump() {
+            self.step_at(unknown, instruction);
+        }
     }
 
     /// Goes where the entry of the table that R11 points to leads.
@@ -882,8 +900,7 @@ impl Work<'_> {
             }
             Code::Jmp_rm64 => {
                 self.target(i, instruction)?;
-                let unknown = self.look_up_jump();
-                self.step_at(unknown, instruction);
+                self.known_jump(instruction);
                 self.take_jump();
             }
             Code::Retnq | Code::Retnq_imm16 => {
@@ -895,8 +912,7 @@ impl Work<'_> {
                 self.assembler.copy(R10, R14);
                 let from = self.probe_read(8, instruction);
                 self.assembler.load(R10, from);
-                let unknown = self.look_up_jump();
-                self.step_at(unknown, instruction);
+                self.known_jump(instruction);
                 self.assembler.lea(R14, at(R14, 8 + more));
                 self.take_jump();
             }
@@ -914,8 +930,7 @@ impl Work<'_> {
 
     /// Calls what R10 names, if that is known.
     fn call_in_r10(&mut self, i: &Instruction, instruction: usize) {
-        let unknown = self.look_up_jump();
-        self.step_at(unknown, instruction);
+        self.known_jump(instruction);
         self.assembler.store(scratch(), R11);
         self.push_return(i, instruction);
         self.assembler.load(R11, scratch());
@@ -968,13 +983,16 @@ impl Work<'_> {
             self.assembler.land(jump);
             self.assembler.load(R10, page());
             self.assembler.lea(R10, at(R10, offset));
-            let unknown = self.look_up_jump();
             match instruction {
-                Some(instruction) => self.step_at(unknown, instruction),
-                None => self.stubs.push(Stub {
-                    jump: unknown,
-                    kind: StubKind::Away { offset },
-                }),
+                Some(instruction) => self.known_jump(instruction),
+                None => {
+                    let unknown = self.look_up_jump();
+                    let kind = |jump| Stub {
+                        jump,
+                        kind: StubKind::Away { offset },
+                    };
+                    self.stubs.extend(unknown.map(kind));
+                }
             }
             self.take_jump();
         }

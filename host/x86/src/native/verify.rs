@@ -10,8 +10,9 @@ use std::fmt::Write;
 
 use iced_x86::{Decoder, DecoderOptions, FastFormatter, Instruction};
 
-use crate::cpu::Cpu;
+use crate::cpu::{AbortReason, Cpu};
 use crate::decode::Block;
+use crate::exec::Exception;
 use crate::exec::flags::ARITHMETIC;
 use crate::exec::op::{At, Exit, slot};
 use crate::float::FloatState;
@@ -35,6 +36,9 @@ struct Seen {
     rip: u64,
     flags: u64,
     float: Box<FloatState>,
+    instructions: u64,
+    /// The exception that an instruction raised, and the operation of the block that did.
+    fault: Option<(Exception, usize)>,
 }
 
 impl Cpu {
@@ -46,7 +50,25 @@ impl Cpu {
             rip: self.rip,
             flags: self.flags.to_rflags(),
             float: Box::new(self.float.clone()),
+            instructions: self.instructions,
+            fault: None,
         }
+    }
+
+    /// What can be seen where a block ended. `None`: it was not done.
+    fn seen_after(&self, block: &Block, exit: Exit) -> Option<Seen> {
+        let mut seen = self.seen();
+        if exit == Exit::Abort {
+            let AbortReason::Exception(exception) = self.abort else {
+                return None;
+            };
+            let at = self.abort_at.pointer();
+            let op = block.ops.iter().position(|op| std::ptr::eq(op, at));
+            seen.fault = Some((exception, op?));
+            // It is worked out from the operation.
+            seen.rip = 0;
+        }
+        Some(seen)
     }
 
     fn set_seen(&mut self, seen: &Seen) {
@@ -54,40 +76,37 @@ impl Cpu {
         self.rip = seen.rip;
         self.flags = crate::exec::flags::Flags::from_rflags(seen.flags);
         self.float.clone_from(&seen.float);
+        self.instructions = seen.instructions;
     }
 
     /// Interprets a block and runs its translation. `None`: the interpreter is to do it alone.
     pub(crate) fn run_verified(&mut self, block: &'static Block, code: *const u8) -> Option<Exit> {
         let before = self.seen();
-        let (budget, instructions) = (self.budget, self.instructions);
+        let budget = self.budget;
         let undefined = self.undefined_flags(block);
         let mut first = None;
         for _ in 0..TRIES {
             let interpreted = self.interpret(block);
-            let (after, stores) = match interpreted {
-                Some(end) => end,
-                None => {
-                    self.set_seen(&before);
-                    self.instructions = instructions;
-                    return None;
-                }
-            };
             self.set_seen(&before);
-            self.instructions = instructions;
+            let (mut expected, stores) = interpreted?;
             // The second block that follows finds that something is due.
             self.budget = 2;
             let exit = self.run_translated(code);
             self.budget = budget;
-            let mut now = self.seen();
-            now.flags |= undefined;
-            let expected = Seen {
-                flags: after.flags | undefined,
-                ..after
+            let now = self.seen_after(block, exit);
+            let mut now = now.unwrap_or_else(|| self.seen());
+            // Where an instruction has raised an exception, what others leave undefined is not known.
+            let masked = if now.fault.is_some() {
+                ARITHMETIC
+            } else {
+                undefined
             };
+            now.flags |= masked;
+            expected.flags |= masked;
             let memory = differing(&stores);
-            if exit != Exit::Abort && now == expected && memory.is_none() {
+            if now == expected && memory.is_none() {
                 self.translator.verified += 1;
-                return Some(if exit == Exit::Next { Exit::Next } else { exit });
+                return Some(exit);
             }
             let report = || {
                 let mut text = self.describe(block, [&before, &expected, &now]);
@@ -101,20 +120,22 @@ impl Cpu {
             for (store, _) in stores.iter().rev() {
                 put(store.at, store.byte);
             }
+            self.set_seen(&before);
         }
         let report = first.unwrap_or_default();
         tracing::error!("the interpreter and translated code differ:\n{report}");
         self.translator.difference = Some(report);
         // The interpreter is right until shown otherwise.
-        self.set_seen(&before);
-        self.instructions = instructions;
         self.budget = 0;
         None
     }
 
-    /// Interprets one block, and takes back what it did. `None`: an instruction ended early.
+    /// Interprets one block, and takes back what it did. `None`: it has to be done by itself.
     fn interpret(&mut self, block: &'static Block) -> Option<(Seen, Vec<(Replaced, u8)>)> {
-        self.tlb.withhold_writes();
+        let privilege = self.privilege();
+        self.translator.tried.follow(&self.tlb, privilege);
+        std::mem::swap(&mut self.tlb, &mut self.translator.tried);
+        self.instructions += u64::from(block.instructions);
         self.journal = Some(Vec::new());
         self.set_current(block);
         self.regs[usize::from(slot::RIP)] = self.rip;
@@ -122,15 +143,16 @@ impl Cpu {
         let at = At::first(&block.ops);
         let exit = (at.get().handler)(self, at);
         self.budget &= !super::step::ALONE;
+        std::mem::swap(&mut self.tlb, &mut self.translator.tried);
         let journal = self.journal.take().unwrap_or_default();
-        let after = self.seen();
+        let after = self.seen_after(block, exit);
         let mut stores = Vec::with_capacity(journal.len());
         for replaced in journal.into_iter().rev() {
             stores.push((replaced, get(replaced.at)));
             put(replaced.at, replaced.byte);
         }
         stores.reverse();
-        (exit != Exit::Abort).then_some((after, stores))
+        Some((after?, stores))
     }
 
     /// The flags that the architecture leaves undefined at a block's end.
@@ -194,6 +216,12 @@ impl Cpu {
                 ("rip", before.rip, interpreted.rip, translated.rip),
                 ("flags", before.flags, interpreted.flags, translated.flags),
                 (
+                    "done",
+                    before.instructions,
+                    interpreted.instructions,
+                    translated.instructions,
+                ),
+                (
                     "mxcsr",
                     before.float.mxcsr.into(),
                     interpreted.float.mxcsr.into(),
@@ -221,6 +249,13 @@ impl Cpu {
             if a != b {
                 let _ = writeln!(text, "  xmm{at} {a:#x} {b:#x}");
             }
+        }
+        if interpreted.fault != translated.fault {
+            let _ = writeln!(
+                text,
+                "  fault  {:x?} {:x?}",
+                interpreted.fault, translated.fault
+            );
         }
         text
     }

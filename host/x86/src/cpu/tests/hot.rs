@@ -254,3 +254,304 @@ fn lockstep_stops_where_translated_code_is_wrong() {
     assert!(report.contains("0x66               0x67  <--"), "{report}");
     assert!(report.contains("instead of 0x66"), "{report}");
 }
+
+/// Jumps to addresses that are not canonical, made so that address and context together are those of
+/// a jump that is known.
+fn jump_nowhere(before: impl FnOnce(&mut CodeAssembler), target: u64) -> Machine {
+    let machine = Machine::assembled(|a| {
+        for _ in 0..2 {
+            a.mov(rax, DATA).unwrap();
+            a.call(rax).unwrap();
+        }
+        before(a);
+        // The stack may be written again, so that the call is tried by translated code.
+        a.push(rax).unwrap();
+        a.pop(rax).unwrap();
+        a.mov(rax, target).unwrap();
+        a.call(rax).unwrap();
+        a.mov(esi, 0x77).unwrap();
+        a.hlt().unwrap();
+    });
+    machine.ram.write(
+        DATA,
+        &assemble(64, DATA, |a| {
+            a.mov(eax, 3).unwrap();
+            a.cpuid().unwrap();
+            a.ret().unwrap();
+        }),
+    );
+    machine
+}
+
+#[test]
+fn a_jump_to_nowhere_finds_no_code_of_a_generation_before() {
+    let change = |a: &mut CodeAssembler| a.mov(byte_ptr(DATA + 1), 9).unwrap();
+    let mut machine = jump_nowhere(change, DATA.wrapping_sub(1 << 50));
+    let _frame = machine.fault(13);
+}
+
+#[test]
+fn a_jump_to_nowhere_finds_no_code_that_was_freed() {
+    let change_and_spin = |a: &mut CodeAssembler| {
+        let mut spin = a.create_label();
+        a.mov(byte_ptr(DATA + 1), 9).unwrap();
+        a.mov(ecx, 2000).unwrap();
+        a.set_label(&mut spin).unwrap();
+        a.dec(ecx).unwrap();
+        a.jnz(spin).unwrap();
+    };
+    let mut machine = jump_nowhere(change_and_spin, DATA.wrapping_sub(1 << 50));
+    let _frame = machine.fault(13);
+}
+
+#[test]
+fn a_jump_to_nowhere_is_none_to_an_empty_entry() {
+    // `with` flushes: the contexts are those of the code that runs.
+    let mut machine = Machine::assembled(|a| a.jmp(rax).unwrap()).with(|_| {});
+    let key = machine.cpu.blocks.keys[0];
+    machine.cpu.regs[gpr::RAX] = key.wrapping_add(1).wrapping_neg();
+    let _frame = machine.fault(13);
+}
+
+#[test]
+fn user_code_does_not_reach_the_supervisors_by_a_jump_to_nowhere() {
+    let user = CODE + 0x1000;
+    let mut machine = Machine::assembled(|a| {
+        for _ in 0..2 {
+            a.mov(rax, DATA).unwrap();
+            a.call(rax).unwrap();
+        }
+        for value in [USER_SS.into(), 0x9_0000, 2, USER_CS.into(), user as i32] {
+            a.push(value).unwrap();
+        }
+        a.iretq().unwrap();
+    });
+    let call = |a: &mut CodeAssembler| {
+        for _ in 0..2 {
+            a.push(rax).unwrap();
+            a.pop(rax).unwrap();
+        }
+        a.mov(rax, DATA.wrapping_sub(1 << 49)).unwrap();
+        a.call(rax).unwrap();
+        a.hlt().unwrap();
+    };
+    machine.ram.write(user, &assemble(64, user, call));
+    machine
+        .ram
+        .set(PT + (DATA >> 12) * 8, DATA | PRESENT_WRITABLE);
+    let count = |a: &mut CodeAssembler| {
+        a.inc(r8d).unwrap();
+        a.ret().unwrap();
+    };
+    machine.ram.write(DATA, &assemble(64, DATA, count));
+    assert_eq!(machine.halt().gpr[8], 2);
+}
+
+#[test]
+fn a_jump_may_be_further_from_its_page_than_from_itself() {
+    const ALL: u64 = 7;
+    let (source, goal) = (0x8010_0f00u64, 0x1_0010_0800u64);
+    let distance = goal - (source + 5);
+    assert!(distance <= 0x7fff_ffff && 0xf05 + distance > 0x7fff_ffff);
+    let mut machine = Machine::assembled(|a| {
+        a.mov(rbx, source).unwrap();
+        a.mov(rbp, CODE + 0x800).unwrap();
+        for (target, times) in [(rbp, 3), (rbx, 5)] {
+            for _ in 0..times {
+                a.call(target).unwrap();
+            }
+        }
+        a.hlt().unwrap();
+    });
+    for (gigabyte, tables, page) in [(2, 0x30_0000, 0x2000), (4, 0x30_2000, 0x3000)] {
+        machine.ram.set(PDPT + gigabyte * 8, tables | ALL);
+        machine.ram.set(tables, (tables + 0x1000) | ALL);
+        machine.ram.set(tables + 0x1800, (CODE + page) | ALL);
+    }
+    let mut jump = vec![0xe9];
+    jump.extend_from_slice(&(distance as u32).to_le_bytes());
+    machine.ram.write(CODE + 0x2f00, &jump);
+    // INC R8; RET where it goes, INC R9; RET four gigabytes before that.
+    machine.ram.write(CODE + 0x3800, &[0x49, 0xff, 0xc0, 0xc3]);
+    machine.ram.write(CODE + 0x800, &[0x49, 0xff, 0xc1, 0xc3]);
+    let state = machine.halt();
+    assert_eq!((state.gpr[8], state.gpr[9]), (5, 3));
+}
+
+#[test]
+fn instructions_are_counted_once_when_a_device_ends_the_budget() {
+    // The local APIC's registers where the tables reach.
+    const APIC: u64 = 0x1000_0000;
+    let mut machine = Machine::assembled(|a| {
+        a.mov(ecx, 0x1b).unwrap();
+        a.mov(eax, APIC as u32 | 0x900).unwrap();
+        a.xor(edx, edx).unwrap();
+        a.wrmsr().unwrap();
+        a.mov(esi, 10).unwrap();
+        let mut again = a.create_label();
+        a.set_label(&mut again).unwrap();
+        a.mov(eax, dword_ptr(APIC + 0x20)).unwrap();
+        for _ in 0..20 {
+            a.nop().unwrap();
+        }
+        a.dec(esi).unwrap();
+        a.jnz(again).unwrap();
+        a.hlt().unwrap();
+    });
+    machine.halt();
+    assert_eq!(machine.cpu.instructions(), 5 + 10 * 23 + 1);
+}
+
+#[test]
+fn code_that_was_dropped_while_it_ran_is_not_found_again() {
+    // X leads to P, then to P2 without an INVLPG, so that a store to P by its own address drops the
+    // code that runs from X.
+    const X: u64 = 0x14_0000;
+    const P: u64 = CODE + 0x5000;
+    const P2: u64 = CODE + 0x6000;
+    // In the place of X among the pages to fetch from.
+    const Y: u64 = X + 256 * 4096;
+    let mut machine = Machine::assembled(|a| {
+        let mut spin = a.create_label();
+        a.xor(ecx, ecx).unwrap();
+        a.mov(rbx, DATA).unwrap();
+        for _ in 0..3 {
+            a.mov(rax, X).unwrap();
+            a.call(rax).unwrap();
+        }
+        a.mov(rax, Y).unwrap();
+        a.call(rax).unwrap();
+        a.mov(rdi, PT + (X >> 12) * 8).unwrap();
+        a.mov(rsi, P2 | 7).unwrap();
+        a.mov(qword_ptr(rdi), rsi).unwrap();
+        a.mov(rax, X + 0x800).unwrap();
+        a.call(rax).unwrap();
+        a.mov(rbx, P + 0x3f).unwrap();
+        a.mov(rax, X).unwrap();
+        a.call(rax).unwrap();
+        a.mov(ecx, 2000).unwrap();
+        a.set_label(&mut spin).unwrap();
+        a.dec(ecx).unwrap();
+        a.jnz(spin).unwrap();
+        a.push(rax).unwrap();
+        a.pop(rax).unwrap();
+        a.mov(rax, X + 0x100).unwrap();
+        a.call(rax).unwrap();
+        a.hlt().unwrap();
+    });
+    machine.ram.set(PT + (X >> 12) * 8, P | 7);
+    machine.ram.write(Y, &[0xc3]);
+    // MOV [RBX], DL; CMP CH, 0x55; JNE to 0x100; RET
+    let store = [
+        0x88, 0x13, 0x80, 0xfd, 0x55, 0x0f, 0x85, 0xf5, 0, 0, 0, 0xc3,
+    ];
+    machine.ram.write(P, &store);
+    // INC R8D; CLD; CLD; RET
+    let count = [0x41, 0xff, 0xc0, 0xfc, 0xfc, 0xc3];
+    machine.ram.write(P + 0x100, &count);
+    machine.ram.write(P2 + 0x800, &[0xc3]);
+    // INC R9D; RET
+    machine.ram.write(P2 + 0x100, &[0x41, 0xff, 0xc1, 0xc3]);
+    let state = machine.halt();
+    assert_eq!((state.gpr[8], state.gpr[9]), (4, 1));
+}
+
+/// Runs a loop in lockstep, spoils its translation, and says what is found then.
+#[cfg(target_arch = "x86_64")]
+fn spoiled(old: &[u8], new: &[u8]) -> Option<String> {
+    let mut machine = Machine::assembled(|a| {
+        let (mut start, mut again) = (a.create_label(), a.create_label());
+        a.mov(rbx, DATA).unwrap();
+        a.set_label(&mut start).unwrap();
+        a.mov(ecx, 30).unwrap();
+        a.xor(eax, eax).unwrap();
+        a.set_label(&mut again).unwrap();
+        a.add(eax, 0x33).unwrap();
+        a.mov(qword_ptr(rbx), rax).unwrap();
+        a.dec(ecx).unwrap();
+        a.jnz(again).unwrap();
+        a.out(0x80, al).unwrap();
+        a.jmp(start).unwrap();
+    });
+    machine.cpu.translator.verifies = true;
+    machine.cpu.run();
+    let mut count = 0;
+    while machine.cpu.translator.spoil(old, new) {
+        count += 1;
+    }
+    assert!(count > 0, "there is such code");
+    machine.cpu.complete_write();
+    (machine.cpu.run() == Stop::Differs).then(|| machine.cpu.difference().unwrap().to_owned())
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn lockstep_sees_stores_of_translated_code() {
+    if module_path!().contains("translated") {
+        // MOV [R10], RAX becomes MOV [R10], RDX.
+        let report = spoiled(&[0x49, 0x89, 0x02], &[0x49, 0x89, 0x12]).unwrap();
+        assert!(report.contains("a byte of RAM became"), "{report}");
+    }
+}
+
+/// Instructions with a memory operand at RDI that are translated: bytes, and bytes of the operand.
+#[cfg(target_arch = "x86_64")]
+fn with_memory() -> Vec<(Vec<u8>, usize)> {
+    use iced_x86::{Decoder, DecoderOptions, OpKind, Register};
+    let prefixes: [&[u8]; 9] = [
+        &[],
+        &[0x66],
+        &[0xf2],
+        &[0xf3],
+        &[0x48],
+        &[0x66, 0x48],
+        &[0xf2, 0x48],
+        &[0xf3, 0x48],
+        &[0x66, 0xf3],
+    ];
+    let maps: [&[u8]; 4] = [&[], &[0x0f], &[0x0f, 0x38], &[0x0f, 0x3a]];
+    let mut seen = std::collections::HashSet::new();
+    let mut found = Vec::new();
+    for (prefix, map) in prefixes.iter().flat_map(|p| maps.map(|map| (*p, map))) {
+        for (opcode, reg) in (0..=255).flat_map(|opcode| (0..8).map(move |reg| (opcode, reg))) {
+            let mut bytes = [prefix, map, &[opcode, reg << 3 | 7]].concat();
+            bytes.extend_from_slice(&[0; 8]);
+            let mut decoder = Decoder::with_ip(64, &bytes, 0, DecoderOptions::NONE);
+            let i = decoder.decode();
+            let suits = !i.is_invalid()
+                && crate::native::is_known(&i)
+                && i.flow_control() == iced_x86::FlowControl::Next
+                && i.memory_base() == Register::RDI
+                && (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory)
+                && i.memory_size().size() != 0;
+            if suits && seen.insert((i.code(), prefix)) {
+                bytes.truncate(i.len());
+                found.push((bytes, i.memory_size().size()));
+            }
+        }
+    }
+    found
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn nothing_behind_ram_is_touched() {
+    let forms = with_memory();
+    assert!(forms.len() > 500, "{}", forms.len());
+    // The guard page behind RAM ends the test if anything reaches further than its operand.
+    for (bytes, size) in forms {
+        let mut code = assemble(64, CODE, |a| {
+            a.mov(rdi, RAM - size as u64).unwrap();
+            a.mov(rsp, STACK).unwrap();
+            a.mov(bl, byte_ptr(rdi)).unwrap();
+            a.mov(byte_ptr(rdi), bl).unwrap();
+            a.xor(edx, edx).unwrap();
+            a.mov(eax, 1).unwrap();
+        });
+        code.extend_from_slice(&bytes);
+        code.push(0xf4);
+        let mut machine = Machine::long(&code);
+        machine.ram.write(RAM - 16, &[1; 16]);
+        machine.halt();
+    }
+}

@@ -54,16 +54,62 @@ const USER_SS: u16 = 0x23;
 const CODE_32: u16 = 0x38;
 const DATA_32: u16 = 0x40;
 
+/// Zeros, and a page behind them that nobody may touch.
+#[derive(Debug)]
+struct Words(NonNull<AtomicU64>);
+
+#[expect(unsafe_code, reason = "a page without access is mapped by hand")]
+impl Words {
+    fn new() -> Self {
+        use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect};
+        let rights = ProtFlags::READ | ProtFlags::WRITE;
+        let length = RAM as usize + 4096;
+        // SAFETY: a new mapping touches no other; its last page is not part of the slice.
+        let start = unsafe {
+            let nowhere = std::ptr::null_mut();
+            let start = mmap_anonymous(nowhere, length, rights, MapFlags::PRIVATE).unwrap();
+            mprotect(start.byte_add(RAM as usize), 4096, MprotectFlags::empty()).unwrap();
+            start
+        };
+        Self(NonNull::new(start.cast()).unwrap())
+    }
+}
+
+#[expect(unsafe_code, reason = "the mapping is reached by pointer")]
+impl std::ops::Deref for Words {
+    type Target = [AtomicU64];
+
+    fn deref(&self) -> &[AtomicU64] {
+        // SAFETY: so many words are mapped until `self` is dropped.
+        unsafe { std::slice::from_raw_parts(self.0.as_ptr(), RAM as usize / 8) }
+    }
+}
+
+#[expect(unsafe_code, reason = "rustix unmaps by address")]
+impl Drop for Words {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new`, and nothing refers to it any more.
+        unsafe { rustix::mm::munmap(self.0.as_ptr().cast(), RAM as usize + 4096) }.unwrap();
+    }
+}
+
+#[expect(unsafe_code, reason = "the pointer is an owned mapping")]
+// SAFETY: atomics that any thread may reach.
+unsafe impl Send for Words {}
+#[expect(unsafe_code, reason = "the pointer is an owned mapping")]
+// SAFETY: as above.
+unsafe impl Sync for Words {}
+
 #[derive(Debug)]
 struct Ram {
-    words: Vec<AtomicU64>,
+    words: Words,
     marks: Vec<AtomicU8>,
 }
 
 impl Ram {
     fn new() -> Self {
         Self {
-            words: (0..RAM / 8).map(|_| AtomicU64::new(0)).collect(),
+            words: Words::new(),
             marks: (0..RAM / 4096).map(|_| AtomicU8::new(0)).collect(),
         }
     }
