@@ -54,24 +54,27 @@ pub(crate) enum AbortReason {
 pub struct Cpu {
     /// General registers, and what else operations address like one; see `exec::op::slot`.
     pub(crate) regs: [u64; 32],
-    /// Behind the registers, so that translated code reaches both by small distances.
+    pub(crate) instructions: u64,
+    /// Blocks until something is looked at between them; 0 where that is due.
+    pub(crate) budget: u32,
+    /// Behind these, so that translated code reaches all of them by small distances.
     #[cfg(target_arch = "x86_64")]
     pub(crate) native: Context,
     pub(crate) flags: Flags,
     pub(crate) rip: u64,
-    /// Blocks until something is looked at between them; 0 where that is due.
-    pub(crate) budget: u32,
     /// What its stores leave in the dirty log.
     pub(crate) mark: NonZeroU8,
     /// The block that runs.
     current: *const Block,
-    pub(crate) instructions: u64,
     pub(crate) tlb: Tlb,
     pub(crate) mailbox: Arc<Mailbox>,
     /// RFLAGS without the arithmetic flags.
     pub(crate) system_flags: u64,
     /// The next instruction runs before any interrupt is taken (STI, MOV SS).
     pub(crate) shadow: bool,
+    /// The instruction that the last STI lets run before any interrupt is taken: of interest only if
+    /// somebody looks before it has run.
+    pub(crate) shadow_at: Option<u64>,
     /// The instruction at hand is run by itself: it may change the code around it.
     pub(crate) alone: bool,
     pub(crate) cpl: u8,
@@ -167,6 +170,7 @@ impl Cpu {
             mark: config.mark,
             current: std::ptr::null(),
             shadow: false,
+            shadow_at: None,
             alone: false,
             cpl: 0,
             mode: Mode::Bits16,

@@ -225,6 +225,30 @@ impl Cpu {
             .wrapping_add(done.count() as u64);
     }
 
+    /// The block that runs ends behind an instruction that does not end it always.
+    #[cold]
+    pub(crate) fn ended_behind(&mut self, at: At) {
+        let block = self.current_block();
+        let ops = block.ops.as_ptr_range();
+        // What is done by itself belongs to no block that was counted.
+        if ops.contains(&at.pointer()) {
+            self.count_only(block, at.since(At::first(&block.ops)) + 1);
+        }
+    }
+
+    /// Interrupts are permitted again, after the next instruction.
+    pub(crate) fn begin_shadow(&mut self) {
+        let due =
+            self.mailbox.has_events() || self.nmi_pending || self.apic.pending_vector().is_some();
+        if due {
+            self.shadow = true;
+            self.budget = 0;
+        } else {
+            // Nobody looks before the budget is at its end.
+            self.shadow_at = Some(self.rip);
+        }
+    }
+
     /// An instruction of `block` ended early.
     #[cold]
     fn after_abort(&mut self, block: &Block) -> Option<Stop> {
@@ -288,6 +312,7 @@ impl Cpu {
             return None;
         }
         self.budget = BLOCKS;
+        self.shadow |= self.shadow_at.take() == Some(self.rip);
         if self.config.code.pages_added() != self.pages_added {
             self.pages_added = self.config.code.pages_added();
             self.tlb.withhold_writes();

@@ -22,6 +22,8 @@ pub(crate) struct Block {
     pub(crate) bytes: u16,
     /// Offset in its page.
     pub(crate) start: u16,
+    /// It is user mode's: translated code looks into the TLB of its privilege.
+    pub(crate) user: bool,
     /// Its translation, if it has one.
     pub(crate) code: Cell<*const u8>,
     /// How often it was interpreted.
@@ -69,7 +71,7 @@ pub(crate) struct CodePage {
     pub(crate) lines: u64,
     /// The page's counter in the code map when it was last known to be true.
     pub(crate) count: u64,
-    /// By offset and mode.
+    /// By offset, privilege and mode.
     pub(crate) blocks: HashMap<u16, Box<Block>, Hasher>,
 }
 

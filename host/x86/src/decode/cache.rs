@@ -9,7 +9,7 @@ use crate::cpu::{AbortReason, Cpu};
 use crate::exec::op::slot;
 use crate::exec::{Abort, Result};
 use crate::memory::RamPage;
-use crate::mmu::{Access, PAGE_OFFSET, is_canonical};
+use crate::mmu::{Access, PAGE_OFFSET, Privilege, is_canonical};
 #[cfg(target_arch = "x86_64")]
 use crate::native::{JUMPS as JUMPS_TRANSLATED, KnownJump};
 
@@ -238,7 +238,7 @@ impl BlockCache {
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn bytes_of(&self, block: &Block) -> Option<&[u8]> {
         let page = self.pages.get(&block.frame?)?;
-        let key = block.start << 2 | Mode::Bits64 as u16;
+        let key = key(block.start, block.user, Mode::Bits64);
         let known = page.blocks.get(&key)?;
         let start = usize::from(block.start);
         std::ptr::eq(&raw const **known, block)
@@ -294,6 +294,11 @@ impl BlockCache {
     }
 }
 
+/// Where a block of a page is found.
+fn key(offset: u16, user: bool, mode: Mode) -> u16 {
+    offset << 3 | u16::from(user) << 2 | mode as u16
+}
+
 #[inline(always)]
 fn jump_index(linear: u64) -> usize {
     (linear ^ linear >> 13) as usize % JUMPS
@@ -317,7 +322,8 @@ impl Cpu {
         #[cfg(not(target_arch = "x86_64"))]
         let apart = None;
         let offset = (linear & PAGE_OFFSET) as u16;
-        let key = offset << 2 | mode as u16;
+        let user = privilege == Privilege::User as usize;
+        let key = key(offset, user, mode);
         // SAFETY: pages are boxed and never removed.
         let code = unsafe { &mut *fetch.code };
         if !code.blocks.contains_key(&key) {
@@ -333,6 +339,7 @@ impl Cpu {
             };
             self.blocks.size += block.ops.len();
             block.frame = Some(fetch.frame);
+            block.user = user;
             code.lines |= CodePage::lines_of(offset.into(), block.bytes.into());
             code.blocks.insert(key, Box::new(block));
         }

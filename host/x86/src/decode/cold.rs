@@ -49,11 +49,32 @@ pub(super) const ENDING: Handler = |cpu, at| match call(cpu, at) {
     Err(Abort) => cpu.aborted(at),
 };
 
+/// The handler of one that ends its block when something is due.
+pub(super) const MAY_END: Handler = |cpu, at| match call(cpu, at) {
+    Ok(()) if cpu.budget == 0 => {
+        cpu.ended_behind(at);
+        Exit::Next
+    }
+    Ok(()) => {
+        let next = at.next();
+        (next.get().handler)(cpu, next)
+    }
+    Err(Abort) => cpu.aborted(at),
+};
+
+/// Whether a rare instruction ends its block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ends {
+    Never,
+    Sometimes,
+    Always,
+}
+
 /// The function of a rare instruction, and whether it ends its block.
-pub(super) fn body(instruction: &Instruction) -> Option<(Body, bool)> {
-    const STRAIGHT: bool = false;
-    const ENDS: bool = true;
-    let body: (Body, bool) = match instruction.mnemonic() {
+pub(super) fn body(instruction: &Instruction) -> Option<(Body, Ends)> {
+    const STRAIGHT: Ends = Ends::Never;
+    const ENDS: Ends = Ends::Always;
+    let body: (Body, Ends) = match instruction.mnemonic() {
         M::Cpuid => (system::cpuid, ENDS),
         M::Rdtsc | M::Rdtscp => (system::time_stamp, STRAIGHT),
         M::Rdpmc => (system::performance_counter, STRAIGHT),
@@ -69,7 +90,8 @@ pub(super) fn body(instruction: &Instruction) -> Option<(Body, bool)> {
         M::Mfence | M::Lfence | M::Sfence => (system::fence, STRAIGHT),
         M::Pause => (system::pause, ENDS),
         M::Hlt => (system::halt, ENDS),
-        M::Cli | M::Sti => (system::interrupt_flag, ENDS),
+        M::Cli => (system::interrupt_flag, STRAIGHT),
+        M::Sti => (system::interrupt_flag, Ends::Sometimes),
         M::Pushf | M::Pushfd | M::Pushfq => (system::push_flags, STRAIGHT),
         M::Popf | M::Popfd | M::Popfq => (system::pop_flags, ENDS),
         M::Swapgs => (system::swap_gs, STRAIGHT),

@@ -4,7 +4,7 @@ use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic, OpK
 
 use super::block::Block;
 use super::cache::no_links;
-use super::cold::{self, Body, Cold};
+use super::cold::{self, Body, Cold, Ends};
 use super::{Mode, tables};
 use crate::cpuid::Baseline;
 use crate::exec::branch::{self, Bits16, Bits32, LinkFallThrough, LinkNone};
@@ -157,6 +157,7 @@ impl Lowering {
             instructions: self.instructions,
             bytes: bytes as u16,
             start: self.start as u16,
+            user: false,
             code: std::cell::Cell::new(std::ptr::null()),
             runs: std::cell::Cell::new(0),
             links: no_links(),
@@ -191,12 +192,16 @@ impl Lowering {
     }
 
     /// A rare instruction.
-    pub(super) fn cold(&mut self, instruction: &Instruction, body: Body, ends: bool) -> Flow {
+    pub(super) fn cold(&mut self, instruction: &Instruction, body: Body, ends: Ends) -> Flow {
         let cold = Box::new(Cold {
             body,
             instruction: *instruction,
         });
-        let handler = if ends { cold::ENDING } else { cold::STRAIGHT };
+        let handler = match ends {
+            Ends::Never => cold::STRAIGHT,
+            Ends::Sometimes => cold::MAY_END,
+            Ends::Always => cold::ENDING,
+        };
         let mut op = self.op(instruction, handler);
         op.imm = std::ptr::from_ref::<Cold>(&cold).expose_provenance() as u64;
         op.dst = tables::number(instruction.op0_register());
@@ -206,7 +211,10 @@ impl Lowering {
             op.disp = self.distance(instruction);
         }
         self.push(instruction, op);
-        if ends { Flow::Ends } else { Flow::Continues }
+        match ends {
+            Ends::Always => Flow::Ends,
+            Ends::Never | Ends::Sometimes => Flow::Continues,
+        }
     }
 
     /// From the block's start to a near branch's target.

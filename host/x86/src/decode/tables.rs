@@ -4,6 +4,7 @@ use iced_x86::{Code, CpuidFeature, Instruction, Mnemonic as M, OpKind, Register}
 
 use super::Mode;
 use super::branches::by_condition;
+use super::cold::Ends;
 use super::lower::{Comparison, Flow, Lowering};
 use crate::cpu::Cpu;
 use crate::cpuid::Baseline;
@@ -327,13 +328,13 @@ impl Lowering {
     fn mov(&mut self, i: &Instruction) -> Option<Flow> {
         let (to, from) = (i.op0_register(), i.op1_register());
         if to.is_segment_register() {
-            return Some(self.cold(i, segment::mov_to, true));
+            return Some(self.cold(i, segment::mov_to, Ends::Always));
         }
         if from.is_segment_register() {
-            return Some(self.cold(i, segment::mov_from, false));
+            return Some(self.cold(i, segment::mov_from, Ends::Never));
         }
         if to.is_cr() || from.is_cr() || to.is_dr() || from.is_dr() {
-            return Some(self.cold(i, system::mov_control, true));
+            return Some(self.cold(i, system::mov_control, Ends::Always));
         }
         let size = size_of(i);
         Some(match (i.op0_kind(), i.op1_kind()) {
@@ -616,18 +617,18 @@ impl Lowering {
         let push = i.mnemonic() == M::Push;
         if i.op0_register().is_segment_register() {
             return if push {
-                self.cold(i, segment::push, false)
+                self.cold(i, segment::push, Ends::Never)
             } else {
-                self.cold(i, segment::pop, true)
+                self.cold(i, segment::pop, Ends::Always)
             };
         }
         let size = i.stack_pointer_increment().unsigned_abs();
         let memory = i.op0_kind() == OpKind::Memory;
         if self.mode != Mode::Bits64 {
             return match (push, memory) {
-                (true, _) => self.cold(i, stack::push, false),
-                (false, false) => self.cold(i, stack::pop, false),
-                (false, true) => self.cold(i, stack::pop_memory, false),
+                (true, _) => self.cold(i, stack::push, Ends::Never),
+                (false, false) => self.cold(i, stack::pop, Ends::Never),
+                (false, true) => self.cold(i, stack::pop_memory, Ends::Never),
             };
         }
         let handler = match (push, i.op0_kind()) {

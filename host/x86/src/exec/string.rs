@@ -142,7 +142,7 @@ fn run<T: Value>(cpu: &mut Cpu, instruction: &Instruction) -> Result {
             };
             return Ok(());
         }
-        let (done, go_on) = round::<T>(cpu, instruction, context, left.min(rounds.max(64)))?;
+        let (done, go_on) = round::<T>(cpu, instruction, context, left.min(rounds))?;
         if cpu.is_replaying() {
             cpu.commit_round();
         }

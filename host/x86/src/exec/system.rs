@@ -384,8 +384,7 @@ pub(crate) fn interrupt_flag(cpu: &mut Cpu, _op: &Op, instruction: &Instruction)
     }
     if cpu.system_flags & IF == 0 {
         cpu.system_flags |= IF;
-        cpu.shadow = true;
-        cpu.budget = 0;
+        cpu.begin_shadow();
     }
     Ok(())
 }

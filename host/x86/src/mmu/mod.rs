@@ -17,9 +17,9 @@ mod tlb;
 mod walk;
 
 pub use code_map::CodeMap;
-pub(crate) use tlb::Tlb;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use tlb::{Entry as TlbEntry, TLB_BITS};
+pub(crate) use tlb::{Privilege, Tlb};
 pub(crate) use walk::Access;
 
 /// Bytes of a page, less one.

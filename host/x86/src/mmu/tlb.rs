@@ -105,75 +105,77 @@ pub(crate) struct Fill {
 
 #[derive(Debug)]
 pub(crate) struct Tlb {
-    entries: Box<[Entry; 2 * ENTRIES]>,
+    /// The supervisor's, those of user mode, and both once more for stores that are only tried: none of
+    /// those serves writes. Translated code reaches them by their distance from the processor's state.
+    pub(crate) entries: [Entry; 4 * ENTRIES],
+    /// Where those are that serve now.
+    base: usize,
+    /// Stores are only tried.
+    trying: bool,
+    /// Something was dropped since stores were last tried.
+    stale: bool,
     /// Entries of non-global pages, which a load of CR3 drops.
     local: Vec<u16>,
     is_local: Box<[bool; 2 * ENTRIES]>,
     /// There may be entries of large pages in the lower and in the upper half.
     large: [bool; 2],
-    /// The entries for the current privilege.
-    pub(crate) current: *const Entry,
-    /// How often something was dropped.
-    #[cfg(target_arch = "x86_64")]
-    flushes: u64,
 }
 
 impl Tlb {
     pub(crate) fn new() -> Self {
-        let entries = Box::new(std::array::from_fn(Entry::empty));
-        let mut tlb = Self {
-            entries,
+        Self {
+            entries: std::array::from_fn(Entry::empty),
+            base: 0,
+            trying: false,
+            stale: false,
             local: Vec::with_capacity(2 * ENTRIES),
             is_local: Box::new([false; 2 * ENTRIES]),
             large: [false; 2],
-            current: std::ptr::null(),
-            #[cfg(target_arch = "x86_64")]
-            flushes: 0,
-        };
-        tlb.set_privilege(Privilege::Supervisor);
-        tlb
+        }
     }
 
-    /// Makes sure that no entry is one that `other` has dropped: drops all when that dropped any since.
+    /// From the TLB's beginning to the entries of a privilege.
     #[cfg(target_arch = "x86_64")]
-    pub(crate) fn follow(&mut self, other: &Self, privilege: Privilege) {
-        if self.flushes != other.flushes {
-            self.flush();
-            self.flushes = other.flushes;
-        }
-        self.set_privilege(privilege);
-    }
-
-    fn flushed(&mut self) {
-        #[cfg(target_arch = "x86_64")]
-        {
-            self.flushes += 1;
-        }
+    pub(crate) fn distance(privilege: Privilege) -> usize {
+        std::mem::offset_of!(Self, entries) + privilege as usize * ENTRIES * size_of::<Entry>()
     }
 
     pub(crate) fn set_privilege(&mut self, privilege: Privilege) {
-        self.current = self.entries[privilege as usize * ENTRIES..].as_ptr();
+        self.base = (usize::from(self.trying) * 2 + privilege as usize) * ENTRIES;
+    }
+
+    /// From here on stores are only tried, or no longer.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn set_trying(&mut self, trying: bool, privilege: Privilege) {
+        if trying && std::mem::take(&mut self.stale) {
+            for (at, entry) in self.entries.iter_mut().enumerate().skip(2 * ENTRIES) {
+                *entry = Entry::empty(at);
+            }
+        }
+        self.trying = trying;
+        self.set_privilege(privilege);
     }
 
     /// The entry that may serve `address` for the current privilege.
     #[inline(always)]
     pub(crate) fn entry(&self, address: u64) -> Entry {
-        // SAFETY: `current` points to ENTRIES entries of the box, and the index is below that.
+        // SAFETY: `base` is that of one of four times ENTRIES entries, and the index is below that.
         #[expect(unsafe_code, reason = "the innermost look-up of every memory access")]
         unsafe {
-            *self.current.add(index(address))
+            *self.entries.get_unchecked(self.base + index(address))
         }
     }
 
     /// The entry for another privilege than the current one.
     #[inline(always)]
     pub(crate) fn entry_of(&self, privilege: Privilege, address: u64) -> Entry {
-        self.entries[privilege as usize * ENTRIES + index(address)]
+        let base = (usize::from(self.trying) * 2 + privilege as usize) * ENTRIES;
+        self.entries[base + index(address)]
     }
 
     pub(crate) fn fill(&mut self, privilege: Privilege, fill: &Fill) {
         let page = fill.address & !PAGE_OFFSET;
-        let at = privilege as usize * ENTRIES + index(page);
+        let at = (usize::from(self.trying) * 2 + privilege as usize) * ENTRIES + index(page);
         self.entries[at] = Entry {
             read: if fill.readable {
                 page.wrapping_neg()
@@ -193,6 +195,9 @@ impl Tlb {
                 .wrapping_sub(page as usize),
             mark: fill.ram.mark,
         };
+        if self.trying {
+            return;
+        }
         if !fill.global && !self.is_local[at] {
             self.is_local[at] = true;
             self.local.push(at as u16);
@@ -204,7 +209,7 @@ impl Tlb {
 
     /// Drops all entries but those of global pages.
     pub(crate) fn flush_local(&mut self) {
-        self.flushed();
+        self.stale = true;
         for at in self.local.drain(..) {
             self.entries[usize::from(at)] = Entry::empty(at.into());
             self.is_local[usize::from(at)] = false;
@@ -213,20 +218,22 @@ impl Tlb {
 
     /// Drops all entries.
     pub(crate) fn flush(&mut self) {
-        self.flushed();
+        self.stale = true;
         self.local.clear();
         self.is_local.fill(false);
-        *self.entries = std::array::from_fn(Entry::empty);
+        for (at, entry) in self.entries.iter_mut().enumerate().take(2 * ENTRIES) {
+            *entry = Entry::empty(at);
+        }
         self.large = [false; 2];
     }
 
     /// Drops what may be the translation of `address`.
     pub(crate) fn flush_page(&mut self, address: u64) {
-        self.flushed();
+        self.stale = true;
         if self.large[(address >> 63) as usize] {
             // The page may be a gigabyte large.
             let region = address >> 30;
-            for (at, entry) in self.entries.iter_mut().enumerate() {
+            for (at, entry) in self.entries.iter_mut().enumerate().take(2 * ENTRIES) {
                 let tag = if entry.read == nothing(at) {
                     entry.write
                 } else {
@@ -247,7 +254,7 @@ impl Tlb {
     /// Drops write access to the page at `host`.
     pub(crate) fn withhold_writes_to(&mut self, host: NonNull<u8>) {
         let host = host.as_ptr().expose_provenance();
-        for (at, entry) in self.entries.iter_mut().enumerate() {
+        for (at, entry) in self.entries.iter_mut().enumerate().take(2 * ENTRIES) {
             let page = entry.write.wrapping_neg();
             if entry.write != nothing(at) && entry.addend.wrapping_add(page as usize) == host {
                 entry.write = nothing(at);
@@ -257,7 +264,7 @@ impl Tlb {
 
     /// Drops write access to all pages.
     pub(crate) fn withhold_writes(&mut self) {
-        for (at, entry) in self.entries.iter_mut().enumerate() {
+        for (at, entry) in self.entries.iter_mut().enumerate().take(2 * ENTRIES) {
             entry.write = nothing(at);
         }
     }

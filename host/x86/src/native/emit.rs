@@ -174,12 +174,22 @@ impl Assembler {
     /// PEXT: the bits of `from` that the mask in memory names, together.
     pub(super) fn pext(&mut self, to: Reg, from: Reg, mask: Mem) {
         // VEX.LZ.F3.0F38.W1 F5 /r
+        self.bits(2, to, from, mask);
+    }
+
+    fn bits(&mut self, prefix: u8, to: Reg, from: Reg, mask: Mem) {
         let inverted = |reg: u8| u8::from(reg < 8);
         let index = mask.index.map_or(0, |(index, _)| index.0);
         let first = inverted(to.0) << 7 | inverted(index) << 6 | inverted(mask.base.0) << 5 | 2;
-        let second = 0x80 | (!from.0 & 15) << 3 | 2;
+        let second = 0x80 | (!from.0 & 15) << 3 | prefix;
         self.raw(&[0xc4, first, second, 0xf5]);
         self.operand(to.0, mask);
+    }
+
+    /// PDEP: the low bits of `from` where the mask in memory has ones.
+    pub(super) fn pdep(&mut self, to: Reg, from: Reg, mask: Mem) {
+        // VEX.LZ.F2.0F38.W1 F5 /r
+        self.bits(3, to, from, mask);
     }
 
     /// RORX: `from` turned right by `count` bits.
@@ -324,6 +334,10 @@ mod tests {
             (
                 text(|a| a.pext(RCX, RCX, at(R15, 8))),
                 "pext rcx,rcx,[r15+8h]",
+            ),
+            (
+                text(|a| a.pdep(RCX, R10, at(R15, 8))),
+                "pdep rcx,r10,[r15+8h]",
             ),
             (text(|a| a.rorx(R11, R11, 59)), "rorx r11,r11,3Bh"),
             (text(|a| a.rorx(RCX, R10, 12)), "rorx rcx,r10,0Ch"),

@@ -6,12 +6,15 @@ use std::mem::offset_of;
 use super::{Context, slot_at};
 use crate::cpu::Cpu;
 
-/// From the processor to what R15 holds in translated code.
-pub(super) const BIAS: usize = offset_of!(Cpu, native);
+/// From the processor to what R15 holds in translated code: 128 bytes before it the guest's R10 is, and
+/// what is used most lies within 127 bytes behind it, so that a byte tells the distance.
+pub(super) const BIAS: usize = offset_of!(Cpu, regs) + 10 * 8 + 128;
+/// From there to the context.
+pub(super) const CONTEXT: usize = offset_of!(Cpu, native) - BIAS;
 
-const FLAGS: usize = offset_of!(Context, flags);
-const TARGET: usize = offset_of!(Context, scratch);
-const EXIT: usize = offset_of!(Context, exit);
+const FLAGS: usize = CONTEXT + offset_of!(Context, flags);
+const TARGET: usize = CONTEXT + offset_of!(Context, scratch);
+const EXIT: usize = CONTEXT + offset_of!(Context, exit);
 
 /// Runs translated code at `target` until it leaves; the number of the exit.
 ///

@@ -26,6 +26,7 @@ mod emit;
 mod enter;
 mod sse;
 mod step;
+mod system;
 mod translate;
 mod verify;
 
@@ -37,7 +38,6 @@ use crate::cpu::{Cpu, Translation};
 use crate::decode::Block;
 use crate::exec::flags::{ARITHMETIC, Flags, OF};
 use crate::exec::op::Op;
-use crate::mmu::Tlb;
 use code::CodeMemory;
 use emit::Assembler;
 pub(crate) use translate::is_known;
@@ -62,21 +62,32 @@ pub(crate) struct Context {
     /// Which bits of a linear address are not its offset in the page.
     page_bits: u64,
     jump_bits: u64,
-    /// The low four bits, and the signs of 32 and of 64 bits.
-    low_bits: u64,
-    sign_bits: [u64; 2],
     /// Not zero: an SSE instruction raises an exception here.
     sse_blocked: u64,
     /// Not zero: rounding is not that of the host, or exceptions are not masked.
     arithmetic_blocked: u64,
     /// For whoever needs it between two instructions.
-    scratch: u64,
+    scratch: [u64; 3],
     /// OF in bit 0, SF, ZF, AF, PF and CF in bits 8 to 15 as in RFLAGS.
     flags: u16,
     /// Floating-point arithmetic was done, whose flags are in the host's MXCSR.
     arithmetic_done: u8,
     /// Where translated code left.
     exit: u32,
+    /// The low four bits, and the signs of 32 and of 64 bits.
+    low_bits: u64,
+    sign_bits: [u64; 2],
+    /// DF of RFLAGS, all but IF, and the arithmetic flags.
+    direction_bit: u64,
+    not_interrupt_bit: u64,
+    arithmetic_bits: u64,
+    /// System flags that PUSHF shows.
+    pushed_bits: u64,
+    /// Bits of a bit's offset: too far, which unit it is in, and where in that, for units of 32 and 64
+    /// bits.
+    bit_far: [u64; 2],
+    bit_unit: [u64; 2],
+    bit_within: [u64; 2],
 }
 
 impl Context {
@@ -88,9 +99,17 @@ impl Context {
             jump_bits: JUMP_BITS,
             low_bits: 15,
             sign_bits: [1 << 31, 1 << 63],
+            direction_bit: crate::exec::flags::DF,
+            not_interrupt_bit: !crate::exec::flags::IF,
+            arithmetic_bits: ARITHMETIC,
+            pushed_bits: crate::exec::flags::ALL
+                & !(crate::exec::flags::RF | crate::exec::flags::VM),
+            bit_far: [1 << 31, !0x7fff_ffff],
+            bit_unit: [0x7fff_ffe0, 0x7fff_ffc0],
+            bit_within: [31, 63],
             sse_blocked: 0,
             arithmetic_blocked: 0,
-            scratch: 0,
+            scratch: [0; 3],
             flags: 0,
             arithmetic_done: 0,
             exit: 0,
@@ -186,9 +205,6 @@ pub(crate) struct Translator {
     full: bool,
     /// Everything is interpreted as well.
     pub(crate) verifies: bool,
-    /// The TLB of the interpreter in lockstep, of which no entry serves writes: stores leave by it to
-    /// where they are noted.
-    tried: Tlb,
     /// Runs that came to the same end.
     pub(crate) verified: u64,
     /// The first that did not.
@@ -238,7 +254,6 @@ impl Translator {
             step: Box::new(step::no_operations()),
             full: false,
             verifies: matches!(translation, Translation::Verified(_)),
-            tried: Tlb::new(),
             verified: 0,
             difference: None,
         };

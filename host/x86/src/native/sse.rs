@@ -4,7 +4,7 @@ use iced_x86::{CpuidFeature, Instruction, Mnemonic as M, OpKind, Register};
 use std::mem::offset_of;
 
 use super::Context;
-use super::emit::{Mem, R10, R15, RCX, at};
+use super::emit::{Mem, R10, R13, R15, RCX, at};
 use super::enter::BIAS;
 use super::translate::{Able, PLACES, Unable, Work, context, number, renamed, slot_mem, writes};
 use crate::cpu::Cpu;
@@ -174,7 +174,9 @@ fn kind(mnemonic: M) -> Option<Kind> {
         | M::Pmovzxbq
         | M::Pmovzxwd
         | M::Pmovzxwq
-        | M::Pmovzxdq => Kind::Nothing,
+        | M::Pmovzxdq
+        | M::Pcmpistri
+        | M::Pcmpestri => Kind::Nothing,
         M::Addss
         | M::Addsd
         | M::Addps
@@ -237,7 +239,10 @@ fn kind(mnemonic: M) -> Option<Kind> {
 
 /// Does it take a memory operand of 16 bytes wherever that is?
 fn takes_any_address(mnemonic: M) -> bool {
-    matches!(mnemonic, M::Movups | M::Movupd | M::Movdqu | M::Lddqu)
+    matches!(
+        mnemonic,
+        M::Movups | M::Movupd | M::Movdqu | M::Lddqu | M::Pcmpistri | M::Pcmpestri
+    )
 }
 
 /// Is it one of the extensions that the host has, too (checked where the translator is made)?
@@ -270,6 +275,14 @@ fn vector_mem(guest: u8) -> Mem {
 }
 
 impl Work<'_> {
+    /// The address in R10 has to be a multiple of 16.
+    pub(super) fn whole(&mut self, instruction: usize) {
+        let low_bits = context(offset_of!(Context, low_bits));
+        self.assembler.pext(RCX, R10, low_bits);
+        let astray = self.assembler.unless_rcx_zero();
+        self.step_at(astray, instruction);
+    }
+
     /// An SSE instruction.
     pub(super) fn vector(&mut self, original: &Instruction, instruction: usize) -> Able {
         let kind = kind(original.mnemonic())
@@ -336,10 +349,7 @@ impl Work<'_> {
             }
             self.address(original)?;
             if bytes == 16 && !takes_any_address(original.mnemonic()) {
-                self.assembler
-                    .pext(RCX, R10, context(offset_of!(Context, low_bits)));
-                let astray = self.assembler.unless_rcx_zero();
-                self.step_at(astray, instruction);
+                self.whole(instruction);
             }
             i.set_segment_prefix(Register::None);
             i.set_memory_displacement64(0);
@@ -363,6 +373,10 @@ impl Work<'_> {
             self.assembler.load(scratch, slot_mem(guest));
         }
         self.encode(&i)?;
+        if matches!(i.mnemonic(), M::Pcmpistri | M::Pcmpestri) {
+            // The index is in ECX.
+            self.assembler.copy(R13, RCX);
+        }
         if stores {
             self.mark();
         }

@@ -75,7 +75,7 @@ impl Cpu {
                     let next = block.link(link.into()).map(|next| next.code.get());
                     match next.filter(|next| !next.is_null()) {
                         Some(next) => {
-                            self.translator.link(place, next);
+                            self.translator.link(place, next, offset > block.start);
                             target = next;
                         }
                         None if link == 0 => return Exit::Taken,
@@ -92,6 +92,13 @@ impl Cpu {
                             return Exit::Next;
                         }
                         Exit::Stepped => target = self.translator.address(resume),
+                        Exit::Next => {
+                            let behind = usize::from(op + count);
+                            if behind + 1 < block.ops.len() {
+                                self.count_only(block, behind);
+                            }
+                            return Exit::Next;
+                        }
                         exit => return exit,
                     }
                 }

@@ -1,19 +1,19 @@
 //! From a block's instructions to the host's.
 
 use iced_x86::{
-    Code, Decoder, DecoderOptions, Instruction, InstructionInfoFactory, InstructionInfoOptions,
-    Mnemonic as M, OpAccess, OpKind, Register,
+    Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory,
+    InstructionInfoOptions, Mnemonic as M, OpAccess, OpKind, Register,
 };
 use std::mem::offset_of;
 
 use super::emit::{Assembler, Jump, Mem, R10, R11, R13, R14, R15, RCX, Reg, at, at_index};
-use super::enter::BIAS;
+use super::enter::{BIAS, CONTEXT};
 use super::{Context, Kind, KnownJump, Leaving, Translator, WAY_OUT, slot_at};
 use crate::cpu::Cpu;
 use crate::cpuid::Baseline;
 use crate::decode::{Block, BlockCache, Mode, is_offered};
 use crate::exec::op::slot;
-use crate::mmu::{PAGE_OFFSET, TlbEntry};
+use crate::mmu::{PAGE_OFFSET, Privilege, Tlb, TlbEntry};
 
 /// Host registers of the guest's sixteen.
 pub(super) const PLACES: [Option<Reg>; 16] = [
@@ -37,6 +37,9 @@ pub(super) const PLACES: [Option<Reg>; 16] = [
 
 /// Bytes of code that a block may take, at most: more is no block that this makes.
 const MOST: usize = 32 << 10;
+
+/// Bytes of the look whether something is due, with which a block begins.
+const CHECK: usize = 14;
 
 /// What the interpreter has to do by itself.
 pub(super) struct Unable;
@@ -86,6 +89,8 @@ pub(super) struct Work<'a> {
     block: &'a Block,
     baseline: &'static Baseline,
     mark: u8,
+    /// From R15 to the TLB's entries of the block's privilege.
+    entries: i32,
     /// Where code that this block's may lead to has its context: that of the lower or upper half.
     upper: bool,
     /// Whether SSE instructions run was looked at before.
@@ -98,12 +103,16 @@ pub(super) struct Work<'a> {
 /// From R15 to a field of the processor.
 macro_rules! field {
     ($($path:tt)+) => {
-        at(R15, offset_of!(Cpu, $($path)+) as i32 - BIAS as i32)
+        $crate::native::emit::at(
+            $crate::native::emit::R15,
+            offset_of!(Cpu, $($path)+) as i32 - $crate::native::enter::BIAS as i32,
+        )
     };
 }
+pub(super) use field;
 
 pub(super) fn context(offset: usize) -> Mem {
-    at(R15, offset as i32)
+    at(R15, (offset + CONTEXT) as i32)
 }
 
 pub(super) fn slot_mem(number: u8) -> Mem {
@@ -115,7 +124,11 @@ fn page() -> Mem {
 }
 
 fn scratch() -> Mem {
-    context(offset_of!(Context, scratch))
+    scratch_at(0)
+}
+
+pub(super) fn scratch_at(number: usize) -> Mem {
+    context(offset_of!(Context, scratch) + number * 8)
 }
 
 /// May an instruction be run as it is, with other registers?
@@ -270,7 +283,7 @@ pub(super) fn writes(access: OpAccess) -> bool {
 }
 
 impl Work<'_> {
-    fn asm(&mut self) -> &mut Assembler {
+    pub(super) fn asm(&mut self) -> &mut Assembler {
         self.assembler
     }
 
@@ -278,6 +291,10 @@ impl Work<'_> {
     fn leave_to_interpreter(&mut self, instruction: usize) {
         let jump = self.assembler.jump();
         self.step_at(jump, instruction);
+    }
+
+    pub(super) fn is_user(&self) -> bool {
+        self.block.user
     }
 
     pub(super) fn step_at(&mut self, jump: Jump, instruction: usize) {
@@ -376,21 +393,30 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// Finds the TLB's entry for the address in R10: R11 points to it, RCX is lost. Leaves to the
-    /// interpreter when it does not serve `bytes` from there.
-    fn probe(&mut self, bytes: u32, write: bool, instruction: usize) {
-        let tag = if write {
-            TlbEntry::WRITE
-        } else {
-            TlbEntry::READ
-        };
+    /// A field of the TLB's entry that R11 tells apart.
+    pub(super) fn entry(&self, field: usize) -> Mem {
+        at_index(R15, R11, 0, self.entries + field as i32)
+    }
+
+    /// Finds the TLB's entry for the address in R10: R11 tells which ([`Work::entry`]).
+    pub(super) fn find_entry(&mut self) {
         let asm = self.asm();
         asm.pext(R11, R10, context(offset_of!(Context, tlb_bits)));
         // Times the size of an entry.
         asm.rorx(R11, R11, 64 - TlbEntry::SHIFT);
-        asm.load(RCX, field!(tlb.current));
-        asm.lea(R11, at_index(R11, RCX, 0, 0));
-        asm.load(RCX, at(R11, tag as i32));
+    }
+
+    /// Finds the TLB's entry for the address in R10; RCX is lost. Leaves to the interpreter when it
+    /// does not serve `bytes` from there.
+    fn probe(&mut self, bytes: u32, write: bool, instruction: usize) {
+        self.find_entry();
+        let tag = self.entry(if write {
+            TlbEntry::WRITE
+        } else {
+            TlbEntry::READ
+        });
+        let asm = self.asm();
+        asm.load(RCX, tag);
         asm.lea(RCX, at_index(RCX, R10, 0, bytes as i32 - 1));
         asm.pext(RCX, RCX, context(offset_of!(Context, page_bits)));
         let miss = asm.unless_rcx_zero();
@@ -400,7 +426,8 @@ impl Work<'_> {
     /// The host address of what is to be read: R10 and R11 together. RCX is free.
     pub(super) fn probe_read(&mut self, bytes: u32, instruction: usize) -> Mem {
         self.probe(bytes, false, instruction);
-        self.assembler.load(R11, at(R11, TlbEntry::ADDEND as i32));
+        let addend = self.entry(TlbEntry::ADDEND);
+        self.assembler.load(R11, addend);
         at_index(R10, R11, 0, 0)
     }
 
@@ -408,10 +435,16 @@ impl Work<'_> {
     /// ([`Work::mark`]). RCX is free.
     pub(super) fn probe_write(&mut self, bytes: u32, instruction: usize) {
         self.probe(bytes, true, instruction);
+        self.to_be_written();
+    }
+
+    /// The entry that R11 tells apart serves a write to R10: makes both what [`Work::probe_write`] does.
+    pub(super) fn to_be_written(&mut self) {
+        let (addend, mark) = (self.entry(TlbEntry::ADDEND), self.entry(TlbEntry::MARK));
         let asm = self.asm();
-        asm.load(RCX, at(R11, TlbEntry::ADDEND as i32));
+        asm.load(RCX, addend);
         asm.lea(R10, at_index(R10, RCX, 0, 0));
-        asm.load(R11, at(R11, TlbEntry::MARK as i32));
+        asm.load(R11, mark);
     }
 
     pub(super) fn mark(&mut self) {
@@ -509,7 +542,7 @@ impl Work<'_> {
             && memory.is_some()
             && i.op1_kind() == OpKind::Register;
         if bit_string {
-            return Err(Unable);
+            return self.bit_string(original, instruction);
         }
         let access = self.access(original);
 
@@ -599,6 +632,50 @@ impl Work<'_> {
         Ok(())
     }
 
+    /// BT and its kin with a bit's offset in a register, which may lead out of the memory operand.
+    fn bit_string(&mut self, original: &Instruction, instruction: usize) -> Able {
+        let bytes = original.memory_size().size();
+        if bytes != 4 && bytes != 8 {
+            return Err(Unable);
+        }
+        let wide = usize::from(bytes == 8);
+        let masks = |first: usize| context(first + wide * 8);
+        let guest = number(original.op1_register())?;
+        self.address(original)?;
+        let offset = self.held(guest, RCX);
+        let asm = self.asm();
+        asm.pext(RCX, offset, masks(offset_of!(Context, bit_far)));
+        let far = asm.unless_rcx_zero();
+        self.step_at(far, instruction);
+        let offset = self.held(guest, RCX);
+        let asm = self.asm();
+        asm.pext(R11, offset, masks(offset_of!(Context, bit_unit)));
+        asm.lea(R10, at_index(R10, R11, 2 + wide as u8, 0));
+        let stores = original.mnemonic() != M::Bt;
+        let mut i = *original;
+        i.set_segment_prefix(Register::None);
+        i.set_memory_displacement64(0);
+        i.set_memory_displ_size(0);
+        i.set_memory_index_scale(1);
+        i.set_memory_base(Register::R10);
+        if stores {
+            self.probe_write(bytes as u32, instruction);
+            i.set_memory_index(Register::None);
+        } else {
+            self.probe_read(bytes as u32, instruction);
+            i.set_memory_index(Register::R11);
+        }
+        let offset = self.held(guest, RCX);
+        let within = masks(offset_of!(Context, bit_within));
+        self.assembler.pext(RCX, offset, within);
+        i.set_op_register(1, renamed(original.op1_register(), RCX));
+        self.encode(&i)?;
+        if stores {
+            self.mark();
+        }
+        Ok(())
+    }
+
     fn lea(&mut self, i: &Instruction) -> Able {
         let to = number(i.op0_register())?;
         let place = PLACES[usize::from(to)];
@@ -618,7 +695,7 @@ impl Work<'_> {
     }
 
     /// Pushes what `value` puts into a register that it is given, RCX, or has already.
-    fn push_value(&mut self, instruction: usize, value: impl FnOnce(&mut Self) -> Reg) {
+    pub(super) fn push_value(&mut self, instruction: usize, value: impl FnOnce(&mut Self) -> Reg) {
         self.assembler.lea(R10, at(R14, -8));
         self.probe_write(8, instruction);
         let value = value(self);
@@ -951,6 +1028,7 @@ impl Work<'_> {
             _ if i.is_jcc_short_or_near() => self.branch(i, instruction),
             M::Div | M::Idiv => self.divide(i, instruction),
             mnemonic if is_plain(mnemonic) => self.plain(i, instruction),
+            _ if super::system::is_known(i) => self.rare(i, instruction),
             _ => self.vector(i, instruction),
         }
     }
@@ -966,6 +1044,8 @@ impl Work<'_> {
         asm.lea_32(RCX, at(RCX, -1));
         asm.store_32(field!(budget), RCX);
         asm.back_if_ecx_zero(due);
+        let unchecked = asm.here() - entry;
+        debug_assert_eq!(unchecked, CHECK, "alike in all blocks");
         asm.load(RCX, field!(instructions));
         asm.lea(RCX, at(RCX, instructions as i32));
         asm.store(field!(instructions), RCX);
@@ -1023,6 +1103,7 @@ pub(crate) fn is_known(i: &Instruction) -> bool {
         || i.is_jcc_short_or_near()
         || is_plain(i.mnemonic())
         || super::sse::is_known(i)
+        || super::system::is_known(i)
 }
 
 impl Translator {
@@ -1040,6 +1121,11 @@ impl Translator {
             return None;
         }
         self.assembler.clear();
+        let privilege = if block.user {
+            Privilege::User
+        } else {
+            Privilege::Supervisor
+        };
         let mut work = Work {
             assembler: &mut self.assembler,
             encoder: &mut self.encoder,
@@ -1047,6 +1133,7 @@ impl Translator {
             block,
             baseline,
             mark,
+            entries: (offset_of!(Cpu, tlb) + Tlb::distance(privilege)) as i32 - BIAS as i32,
             upper,
             sse_checked: false,
             places: Vec::new(),
@@ -1112,7 +1199,9 @@ impl Translator {
                 return None;
             }
         }
-        if block.goes_on() {
+        let falls = |i: &Instruction| i.flow_control() == FlowControl::Next;
+        if block.goes_on() || instructions.last().is_some_and(falls) {
+            // Some of the latter do not get here: the interpreter ends the block with them.
             let offset = i64::from(block.start) + i64::from(block.bytes);
             let on = work.assembler.jump();
             work.go(on, 1, offset, None);
@@ -1156,10 +1245,13 @@ impl Translator {
         Some(memory.address(at + entry))
     }
 
-    /// Makes a jump lead to other code of the same page.
-    pub(super) fn link(&mut self, place: u32, code: *const u8) {
+    /// Makes a jump lead to other code of the same page. What leads forward need not look whether
+    /// something is due: sooner or later it has to lead back, or out of the page.
+    pub(super) fn link(&mut self, place: u32, code: *const u8, forward: bool) {
+        let unchecked = forward && !self.verifies;
         if let Some(memory) = &mut self.memory {
-            let target = code as usize - memory.address(0) as usize;
+            let past = if unchecked { CHECK } else { 0 };
+            let target = code as usize - memory.address(0) as usize + past;
             memory.patch(place as usize, target);
         }
     }

@@ -266,7 +266,10 @@ impl Process {
             process::check_interrupt()?;
             let info = self.execute("query-migrate", &json!({}))?;
             match info["status"].as_str() {
-                Some("completed") => return Ok(info),
+                // It is completed a moment before its time is known.
+                Some("completed") if info["total-time"].as_u64().is_some_and(|ms| ms > 0) => {
+                    return Ok(info);
+                }
                 Some("failed" | "cancelled") => bail!("QEMU's move failed: {info}"),
                 _ if Instant::now() > end => bail!("QEMU's move does not end: {info}"),
                 _ => std::thread::sleep(Duration::from_millis(20)),

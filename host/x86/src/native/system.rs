@@ -1,0 +1,165 @@
+//! Instructions of the kernel's, and those on strings.
+
+use std::mem::offset_of;
+
+use iced_x86::{Code, Instruction, OpKind, Register};
+
+use super::Context;
+use super::emit::{R10, R11, R13, RCX, Reg, at_index};
+use super::translate::{Able, Unable, Work, context, field, scratch_at};
+use crate::cpu::Cpu;
+use crate::mmu::TlbEntry;
+
+/// Is it an instruction of this file?
+pub(super) fn is_known(i: &Instruction) -> bool {
+    repeated(i).is_some() || matches!(i.code(), Code::Cli | Code::Pushfq | Code::Cmpxchg16b_m128)
+}
+
+/// REP STOS or REP MOVS: two to which power an item's bytes are, and whether it copies.
+fn repeated(i: &Instruction) -> Option<(u8, bool)> {
+    let form = match i.code() {
+        Code::Stosb_m8_AL => (0, false),
+        Code::Stosd_m32_EAX => (2, false),
+        Code::Stosq_m64_RAX => (3, false),
+        Code::Movsb_m8_m8 => (0, true),
+        Code::Movsd_m32_m32 => (2, true),
+        Code::Movsq_m64_m64 => (3, true),
+        _ => return None,
+    };
+    let plain = i.has_rep_prefix()
+        && i.segment_prefix() == Register::None
+        && (0..i.op_count())
+            .all(|n| !matches!(i.op_kind(n), OpKind::MemoryESEDI | OpKind::MemorySegESI));
+    plain.then_some(form)
+}
+
+impl Work<'_> {
+    pub(super) fn rare(&mut self, i: &Instruction, instruction: usize) -> Able {
+        match i.code() {
+            Code::Cli => {
+                if self.is_user() {
+                    return Err(Unable);
+                }
+                let asm = self.asm();
+                asm.load(RCX, field!(system_flags));
+                let others = context(offset_of!(Context, not_interrupt_bit));
+                asm.pext(RCX, RCX, others);
+                asm.pdep(RCX, RCX, others);
+                asm.store(field!(system_flags), RCX);
+                Ok(())
+            }
+            Code::Pushfq => {
+                // PUSHFQ; POP RCX, on the host's stack.
+                let asm = self.asm();
+                asm.raw(&[0x9c, 0x59]);
+                let arithmetic = context(offset_of!(Context, arithmetic_bits));
+                asm.pext(RCX, RCX, arithmetic);
+                asm.pdep(RCX, RCX, arithmetic);
+                asm.load(R11, field!(system_flags));
+                let pushed = context(offset_of!(Context, pushed_bits));
+                asm.pext(R11, R11, pushed);
+                asm.pdep(R11, R11, pushed);
+                // Bit 1 is always set.
+                asm.lea(RCX, at_index(RCX, R11, 0, 2));
+                asm.store(scratch_at(0), RCX);
+                self.push_value(instruction, |work| {
+                    work.asm().load(RCX, scratch_at(0));
+                    RCX
+                });
+                Ok(())
+            }
+            Code::Cmpxchg16b_m128 => {
+                self.address(i)?;
+                self.whole(instruction);
+                self.probe_write(16, instruction);
+                let asm = self.asm();
+                asm.copy(RCX, R13);
+                // LOCK CMPXCHG16B [R10]
+                asm.raw(&[0xf0, 0x49, 0x0f, 0xc7, 0x0a]);
+                self.mark();
+                Ok(())
+            }
+            _ => self.repeat(i, instruction),
+        }
+    }
+
+    /// REP STOS and REP MOVS, forward, within one page on each side.
+    fn repeat(&mut self, i: &Instruction, instruction: usize) -> Able {
+        const RSI: Reg = Reg(6);
+        const RDI: Reg = Reg(7);
+        let (scale, copies) = repeated(i).ok_or(Unable)?;
+        let asm = self.asm();
+        // Backward, or more than a page: the interpreter.
+        asm.load(RCX, field!(system_flags));
+        asm.pext(RCX, RCX, context(offset_of!(Context, direction_bit)));
+        let backward = asm.unless_rcx_zero();
+        asm.pext(RCX, R13, context(offset_of!(Context, page_bits)));
+        let long = asm.unless_rcx_zero();
+        asm.copy(RCX, R13);
+        let nothing = asm.if_rcx_zero();
+        self.step_at(backward, instruction);
+        self.step_at(long, instruction);
+        if copies {
+            self.assembler.copy(R10, RSI);
+            self.probe_row(scale, false, instruction);
+            let addend = self.entry(TlbEntry::ADDEND);
+            self.assembler.load(R11, addend);
+            self.assembler.lea(R10, at_index(R10, R11, 0, 0));
+            self.assembler.store(scratch_at(1), R10);
+        }
+        self.assembler.copy(R10, RDI);
+        self.probe_row(scale, true, instruction);
+        self.to_be_written();
+        let asm = self.asm();
+        asm.store(scratch_at(0), RDI);
+        asm.copy(RDI, R10);
+        asm.copy(RCX, R13);
+        if copies {
+            asm.store(scratch_at(2), RSI);
+            asm.load(RSI, scratch_at(1));
+        }
+        let code = match (scale, copies) {
+            (0, false) => &[0xf3, 0xaa][..],
+            (2, false) => &[0xf3, 0xab],
+            (_, false) => &[0xf3, 0x48, 0xab],
+            (0, true) => &[0xf3, 0xa4],
+            (2, true) => &[0xf3, 0xa5],
+            (_, true) => &[0xf3, 0x48, 0xa5],
+        };
+        asm.raw(code);
+        asm.load(RDI, scratch_at(0));
+        asm.lea(RDI, at_index(RDI, R13, scale, 0));
+        if copies {
+            asm.load(RSI, scratch_at(2));
+            asm.lea(RSI, at_index(RSI, R13, scale, 0));
+        }
+        asm.set(R13, 0);
+        self.mark();
+        self.assembler.land(nothing);
+        Ok(())
+    }
+
+    /// As [`Work::probe`], for R13 items of `1 << scale` bytes, fewer than 4096 and at least one.
+    fn probe_row(&mut self, scale: u8, write: bool, instruction: usize) {
+        self.find_entry();
+        let tag = self.entry(if write {
+            TlbEntry::WRITE
+        } else {
+            TlbEntry::READ
+        });
+        let asm = self.asm();
+        asm.load(RCX, tag);
+        asm.lea(RCX, at_index(RCX, R10, 0, 0));
+        // The first byte is in the page ...
+        asm.store(scratch_at(0), RCX);
+        asm.pext(RCX, RCX, context(offset_of!(Context, page_bits)));
+        let miss = asm.unless_rcx_zero();
+        // ... and so is the last.
+        asm.load(RCX, scratch_at(0));
+        asm.lea(RCX, at_index(RCX, R13, scale, -1));
+        asm.pext(RCX, RCX, context(offset_of!(Context, page_bits)));
+        let across = asm.unless_rcx_zero();
+        self.step_at(miss, instruction);
+        self.step_at(across, instruction);
+    }
+}
