@@ -60,7 +60,7 @@ impl Cpu {
                 injected_interrupt: None,
                 nmi_pending: self.nmi_pending,
                 nmi_masked: self.nmi_masked,
-                interrupt_shadow: self.shadow || self.shadow_at == Some(self.rip),
+                interrupt_shadow: self.shadow || self.shadow_at == self.rip,
             },
             activity: self.activity,
         }
@@ -116,7 +116,7 @@ impl Cpu {
         self.nmi_pending = state.events.nmi_pending;
         self.nmi_masked = state.events.nmi_masked;
         self.shadow = state.events.interrupt_shadow;
-        self.shadow_at = None;
+        self.shadow_at = super::NOWHERE;
         self.activity = state.activity;
         self.ended = None;
         self.replay.clear();

@@ -49,6 +49,9 @@ pub(crate) enum AbortReason {
     Alone,
 }
 
+/// No instruction is there.
+pub(crate) const NOWHERE: u64 = 1 << 62;
+
 /// One logical processor, owned by its thread.
 #[repr(C)]
 pub struct Cpu {
@@ -74,7 +77,7 @@ pub struct Cpu {
     pub(crate) shadow: bool,
     /// The instruction that the last STI lets run before any interrupt is taken: of interest only if
     /// somebody looks before it has run.
-    pub(crate) shadow_at: Option<u64>,
+    pub(crate) shadow_at: u64,
     /// The instruction at hand is run by itself: it may change the code around it.
     pub(crate) alone: bool,
     pub(crate) cpl: u8,
@@ -170,7 +173,7 @@ impl Cpu {
             mark: config.mark,
             current: std::ptr::null(),
             shadow: false,
-            shadow_at: None,
+            shadow_at: NOWHERE,
             alone: false,
             cpl: 0,
             mode: Mode::Bits16,

@@ -48,7 +48,7 @@ impl Cpu {
         self.flags = Flags::from_rflags(0);
         self.system_flags = 0;
         self.shadow = false;
-        self.shadow_at = None;
+        self.shadow_at = super::NOWHERE;
         self.nmi_pending = false;
         self.nmi_masked = false;
         // Caching is what it was; nothing else is.

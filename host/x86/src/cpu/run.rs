@@ -1,6 +1,6 @@
 //! The loop, and what happens between instructions.
 
-use super::{AbortReason, Cpu, Stop};
+use super::{AbortReason, Cpu, NOWHERE, Stop};
 use crate::decode::Block;
 use crate::exec::flags::{IF, RF, TF};
 use crate::exec::interrupt::Source;
@@ -245,7 +245,7 @@ impl Cpu {
             self.budget = 0;
         } else {
             // Nobody looks before the budget is at its end.
-            self.shadow_at = Some(self.rip);
+            self.shadow_at = self.rip;
         }
     }
 
@@ -312,7 +312,7 @@ impl Cpu {
             return None;
         }
         self.budget = BLOCKS;
-        self.shadow |= self.shadow_at.take() == Some(self.rip);
+        self.shadow |= std::mem::replace(&mut self.shadow_at, NOWHERE) == self.rip;
         if self.config.code.pages_added() != self.pages_added {
             self.pages_added = self.config.code.pages_added();
             self.tlb.withhold_writes();
@@ -345,7 +345,10 @@ impl Cpu {
             self.synchronise_code();
             return self.deliver(NMI, Source::Event, None);
         }
-        if self.system_flags & IF != 0 && self.apic.pending_vector().is_some() {
+        let pending = self.apic.pending_vector().is_some();
+        #[cfg(target_arch = "x86_64")]
+        self.native.set_due(pending && self.system_flags & IF == 0);
+        if self.system_flags & IF != 0 && pending {
             let vector = self.apic.acknowledge();
             self.activity = Activity::Running;
             self.synchronise_code();

@@ -13,7 +13,7 @@ use crate::mmu::{Access, PAGE_OFFSET, Privilege, is_canonical};
 #[cfg(target_arch = "x86_64")]
 use crate::native::{JUMPS as JUMPS_TRANSLATED, KnownJump};
 
-const JUMPS: usize = 1 << 13;
+const JUMPS: usize = 1 << 15;
 /// Generations of a context that translated code tells apart.
 const GENERATIONS: u64 = 1 << 14;
 const FETCHES: usize = 256;
@@ -66,7 +66,7 @@ struct Spanning {
 #[derive(Debug)]
 pub(crate) struct BlockCache {
     pages: HashMap<u64, Box<CodePage>, Hasher>,
-    jumps: Box<[Jump; JUMPS]>,
+    jumps: Box<[Jump]>,
     fetches: Box<[[Fetch; FETCHES]; 2]>,
     spanning: HashMap<u64, Spanning, Hasher>,
     /// Contexts of the lower and the upper half of the linear addresses: a generation, and the
@@ -78,7 +78,7 @@ pub(crate) struct BlockCache {
     pub(crate) keys: [u64; 2],
     /// Translated code by linear address.
     #[cfg(target_arch = "x86_64")]
-    pub(crate) translated: Box<[KnownJump; JUMPS_TRANSLATED]>,
+    pub(crate) translated: Box<[KnownJump]>,
     /// Entries of `fetches` were replaced by others, so that jumps may lead where none does.
     evicted: [bool; 2],
     /// Code in the upper half whose translation is not global.
@@ -106,20 +106,22 @@ impl BlockCache {
     pub(crate) fn new() -> Self {
         Self {
             pages: HashMap::default(),
-            jumps: Box::new(
-                [Jump {
+            jumps: vec![
+                Jump {
                     linear: 0,
                     context: 0,
                     block: std::ptr::null(),
-                }; JUMPS],
-            ),
+                };
+                JUMPS
+            ]
+            .into_boxed_slice(),
             fetches: Box::new([[NO_FETCH; FETCHES]; 2]),
             spanning: HashMap::default(),
             context: [0; 2],
             generation: [1; 2],
             keys: [0; 2],
             #[cfg(target_arch = "x86_64")]
-            translated: Box::new([KnownJump::NONE; JUMPS_TRANSLATED]),
+            translated: vec![KnownJump::NONE; JUMPS_TRANSLATED].into_boxed_slice(),
             evicted: [false; 2],
             local_upper: false,
             size: 0,
@@ -169,7 +171,9 @@ impl BlockCache {
                 *fetch = NO_FETCH;
             }
         }
-        self.forget_jumps([true, !keep_global || self.local_upper]);
+        // Where no translation is left that is not global, none is a jump's.
+        let local_upper = std::mem::take(&mut self.local_upper);
+        self.forget_jumps([true, !keep_global || local_upper]);
     }
 
     /// The translation of one address is void.
@@ -301,7 +305,7 @@ fn key(offset: u16, user: bool, mode: Mode) -> u16 {
 
 #[inline(always)]
 fn jump_index(linear: u64) -> usize {
-    (linear ^ linear >> 13) as usize % JUMPS
+    (linear ^ linear >> 15) as usize % JUMPS
 }
 
 #[expect(unsafe_code, reason = "blocks and pages are found by pointer")]

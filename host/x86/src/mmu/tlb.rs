@@ -7,14 +7,17 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use super::PAGE_OFFSET;
 use crate::memory::RamPage;
 
-const ENTRIES: usize = 1024;
-/// Which bits of an address say where it is in the TLB.
-pub(crate) const TLB_BITS: u64 = (ENTRIES as u64 - 1) << 12;
+const ENTRIES: usize = 2048;
+/// Which bits of an address say where it is in the TLB: those of the page, and one that tells kernels'
+/// map of all memory from their code and stacks.
+pub(crate) const TLB_BITS: u64 = (PAGES as u64 - 1) << 12 | 1 << REGION;
+const PAGES: usize = ENTRIES / 2;
+const REGION: u32 = 46;
 
 /// The tag of an entry at `at` that serves nothing: that of a page whose addresses are looked up
 /// elsewhere.
 const fn nothing(at: usize) -> u64 {
-    (((at % ENTRIES) ^ (ENTRIES / 2)) as u64)
+    (((at % PAGES) ^ (PAGES / 2)) as u64)
         .wrapping_mul(PAGE_OFFSET + 1)
         .wrapping_neg()
 }
@@ -105,12 +108,13 @@ pub(crate) struct Fill {
 
 #[derive(Debug)]
 pub(crate) struct Tlb {
-    /// The supervisor's, those of user mode, and both once more for stores that are only tried: none of
-    /// those serves writes. Translated code reaches them by their distance from the processor's state.
-    pub(crate) entries: [Entry; 4 * ENTRIES],
+    /// The supervisor's, and those of user mode. Translated code reaches them by their distance from the
+    /// processor's state.
+    pub(crate) entries: [Entry; 2 * ENTRIES],
     /// Where those are that serve now.
     base: usize,
-    /// Stores are only tried.
+    /// The same, to be used while stores are only tried: none of these serves writes.
+    tried: Vec<Entry>,
     trying: bool,
     /// Something was dropped since stores were last tried.
     stale: bool,
@@ -126,6 +130,7 @@ impl Tlb {
         Self {
             entries: std::array::from_fn(Entry::empty),
             base: 0,
+            tried: Vec::new(),
             trying: false,
             stale: false,
             local: Vec::with_capacity(2 * ENTRIES),
@@ -141,42 +146,47 @@ impl Tlb {
     }
 
     pub(crate) fn set_privilege(&mut self, privilege: Privilege) {
-        self.base = (usize::from(self.trying) * 2 + privilege as usize) * ENTRIES;
+        self.base = privilege as usize * ENTRIES;
     }
 
     /// From here on stores are only tried, or no longer.
     #[cfg(target_arch = "x86_64")]
-    pub(crate) fn set_trying(&mut self, trying: bool, privilege: Privilege) {
-        if trying && std::mem::take(&mut self.stale) {
-            for (at, entry) in self.entries.iter_mut().enumerate().skip(2 * ENTRIES) {
-                *entry = Entry::empty(at);
-            }
+    pub(crate) fn set_trying(&mut self, trying: bool) {
+        if trying && (std::mem::take(&mut self.stale) || self.tried.is_empty()) {
+            self.tried.clear();
+            self.tried.extend((0..2 * ENTRIES).map(Entry::empty));
         }
         self.trying = trying;
-        self.set_privilege(privilege);
     }
 
     /// The entry that may serve `address` for the current privilege.
     #[inline(always)]
     pub(crate) fn entry(&self, address: u64) -> Entry {
-        // SAFETY: `base` is that of one of four times ENTRIES entries, and the index is below that.
+        let at = self.base + index(address);
+        if self.trying {
+            return self.tried[at];
+        }
+        // SAFETY: `base` is that of one of twice ENTRIES entries, and the index is below that.
         #[expect(unsafe_code, reason = "the innermost look-up of every memory access")]
         unsafe {
-            *self.entries.get_unchecked(self.base + index(address))
+            *self.entries.get_unchecked(at)
         }
     }
 
     /// The entry for another privilege than the current one.
     #[inline(always)]
     pub(crate) fn entry_of(&self, privilege: Privilege, address: u64) -> Entry {
-        let base = (usize::from(self.trying) * 2 + privilege as usize) * ENTRIES;
-        self.entries[base + index(address)]
+        let at = privilege as usize * ENTRIES + index(address);
+        if self.trying {
+            return self.tried[at];
+        }
+        self.entries[at]
     }
 
     pub(crate) fn fill(&mut self, privilege: Privilege, fill: &Fill) {
         let page = fill.address & !PAGE_OFFSET;
-        let at = (usize::from(self.trying) * 2 + privilege as usize) * ENTRIES + index(page);
-        self.entries[at] = Entry {
+        let at = privilege as usize * ENTRIES + index(page);
+        let entry = Entry {
             read: if fill.readable {
                 page.wrapping_neg()
             } else {
@@ -196,8 +206,10 @@ impl Tlb {
             mark: fill.ram.mark,
         };
         if self.trying {
+            self.tried[at] = entry;
             return;
         }
+        self.entries[at] = entry;
         if !fill.global && !self.is_local[at] {
             self.is_local[at] = true;
             self.local.push(at as u16);
@@ -221,7 +233,7 @@ impl Tlb {
         self.stale = true;
         self.local.clear();
         self.is_local.fill(false);
-        for (at, entry) in self.entries.iter_mut().enumerate().take(2 * ENTRIES) {
+        for (at, entry) in self.entries.iter_mut().enumerate() {
             *entry = Entry::empty(at);
         }
         self.large = [false; 2];
@@ -233,7 +245,7 @@ impl Tlb {
         if self.large[(address >> 63) as usize] {
             // The page may be a gigabyte large.
             let region = address >> 30;
-            for (at, entry) in self.entries.iter_mut().enumerate().take(2 * ENTRIES) {
+            for (at, entry) in self.entries.iter_mut().enumerate() {
                 let tag = if entry.read == nothing(at) {
                     entry.write
                 } else {
@@ -254,7 +266,7 @@ impl Tlb {
     /// Drops write access to the page at `host`.
     pub(crate) fn withhold_writes_to(&mut self, host: NonNull<u8>) {
         let host = host.as_ptr().expose_provenance();
-        for (at, entry) in self.entries.iter_mut().enumerate().take(2 * ENTRIES) {
+        for (at, entry) in self.entries.iter_mut().enumerate() {
             let page = entry.write.wrapping_neg();
             if entry.write != nothing(at) && entry.addend.wrapping_add(page as usize) == host {
                 entry.write = nothing(at);
@@ -264,7 +276,7 @@ impl Tlb {
 
     /// Drops write access to all pages.
     pub(crate) fn withhold_writes(&mut self) {
-        for (at, entry) in self.entries.iter_mut().enumerate().take(2 * ENTRIES) {
+        for (at, entry) in self.entries.iter_mut().enumerate() {
             entry.write = nothing(at);
         }
     }
@@ -272,5 +284,5 @@ impl Tlb {
 
 #[inline(always)]
 fn index(address: u64) -> usize {
-    (address >> 12) as usize % ENTRIES
+    (address >> 12) as usize % PAGES + (address >> REGION & 1) as usize * PAGES
 }

@@ -46,10 +46,7 @@ pub(crate) use verify::Replaced;
 /// Bytes of translated code, before all of it is dropped.
 const CODE: usize = 64 << 20;
 /// Jumps that are known.
-pub(crate) const JUMPS: usize = 1 << JUMP_BITS.count_ones();
-/// Which bits of a linear address say where a jump is in the table: of the offset in a page, and of
-/// the page.
-const JUMP_BITS: u64 = 0x0001_f1fe;
+pub(crate) const JUMPS: usize = 1 << 15;
 
 /// What translated code reaches by R15; [`enter`] has a few more.
 #[derive(Debug)]
@@ -61,6 +58,7 @@ pub(crate) struct Context {
     tlb_bits: u64,
     /// Which bits of a linear address are not its offset in the page.
     page_bits: u64,
+    /// Where a hash goes to lead into the table of jumps.
     jump_bits: u64,
     /// Not zero: an SSE instruction raises an exception here.
     sse_blocked: u64,
@@ -88,6 +86,9 @@ pub(crate) struct Context {
     bit_far: [u64; 2],
     bit_unit: [u64; 2],
     bit_within: [u64; 2],
+    /// Not zero: an interrupt waits for the flag that permits it.
+    due: u64,
+    not_direction_bit: u64,
 }
 
 impl Context {
@@ -96,7 +97,7 @@ impl Context {
             page: 0,
             tlb_bits: crate::mmu::TLB_BITS,
             page_bits: !crate::mmu::PAGE_OFFSET,
-            jump_bits: JUMP_BITS,
+            jump_bits: ((JUMPS - 1) * size_of::<KnownJump>()) as u64,
             low_bits: 15,
             sign_bits: [1 << 31, 1 << 63],
             direction_bit: crate::exec::flags::DF,
@@ -107,6 +108,8 @@ impl Context {
             bit_far: [1 << 31, !0x7fff_ffff],
             bit_unit: [0x7fff_ffe0, 0x7fff_ffc0],
             bit_within: [31, 63],
+            due: 0,
+            not_direction_bit: !crate::exec::flags::DF,
             sse_blocked: 0,
             arithmetic_blocked: 0,
             scratch: [0; 3],
@@ -114,6 +117,11 @@ impl Context {
             arithmetic_done: 0,
             exit: 0,
         }
+    }
+
+    /// An interrupt waits, or none does, for STI to look at.
+    pub(crate) fn set_due(&mut self, due: bool) {
+        self.due = due.into();
     }
 
     fn set_flags(&mut self, flags: Flags) {
@@ -163,10 +171,19 @@ impl KnownJump {
         }
     }
 
-    /// Where the jump to a linear address is in the table.
+    /// Where the jump to a linear address is in the table: translated code works it out as well. The
+    /// host has SSE4.2, as any that translates.
     pub(crate) fn index(linear: u64) -> usize {
-        ((linear & 0x1fe) >> 1 | (linear & 0x1_f000) >> 4) as usize
+        // SAFETY: see above.
+        #[expect(unsafe_code, reason = "the instruction that hashes")]
+        let hash = unsafe { hash(linear) };
+        hash as usize % JUMPS
     }
+}
+
+#[target_feature(enable = "sse4.2")]
+fn hash(linear: u64) -> u64 {
+    std::arch::x86_64::_mm_crc32_u64(0, linear)
 }
 
 /// A place where translated code leaves.

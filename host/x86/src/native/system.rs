@@ -5,14 +5,33 @@ use std::mem::offset_of;
 use iced_x86::{Code, Instruction, OpKind, Register};
 
 use super::Context;
-use super::emit::{R10, R11, R13, RCX, Reg, at_index};
-use super::translate::{Able, Unable, Work, context, field, scratch_at};
+use super::emit::{R10, R11, R13, R15, RCX, Reg, at, at_index};
+use super::enter::BIAS;
+use super::translate::{Able, Unable, Work, context, field, page, scratch_at, slot_mem};
 use crate::cpu::Cpu;
+use crate::exec::flags::IF;
+use crate::exec::op::slot;
 use crate::mmu::TlbEntry;
+use crate::state::{Segment, segment};
 
 /// Is it an instruction of this file?
 pub(super) fn is_known(i: &Instruction) -> bool {
-    repeated(i).is_some() || matches!(i.code(), Code::Cli | Code::Pushfq | Code::Cmpxchg16b_m128)
+    repeated(i).is_some()
+        || matches!(
+            i.code(),
+            Code::Cli
+                | Code::Cld
+                | Code::Pushfq
+                | Code::Cmpxchg16b_m128
+                | Code::Lfence
+                | Code::Mfence
+                | Code::Sfence
+        )
+}
+
+/// Is it done by translated code, but not in lockstep, where it is not to be done twice?
+pub(super) fn is_done_once(i: &Instruction) -> bool {
+    matches!(i.code(), Code::Sti | Code::Swapgs)
 }
 
 /// REP STOS or REP MOVS: two to which power an item's bytes are, and whether it copies.
@@ -40,12 +59,43 @@ impl Work<'_> {
                 if self.is_user() {
                     return Err(Unable);
                 }
+                self.change_flag(offset_of!(Context, not_interrupt_bit), 0);
+                Ok(())
+            }
+            Code::Cld => {
+                self.change_flag(offset_of!(Context, not_direction_bit), 0);
+                Ok(())
+            }
+            Code::Lfence | Code::Mfence | Code::Sfence => self.encode(i),
+            Code::Sti => {
+                if self.is_user() {
+                    return Err(Unable);
+                }
                 let asm = self.asm();
-                asm.load(RCX, field!(system_flags));
-                let others = context(offset_of!(Context, not_interrupt_bit));
-                asm.pext(RCX, RCX, others);
-                asm.pdep(RCX, RCX, others);
-                asm.store(field!(system_flags), RCX);
+                asm.load(RCX, context(offset_of!(Context, due)));
+                let due = asm.unless_rcx_zero();
+                self.step_at(due, instruction);
+                self.change_flag(offset_of!(Context, not_interrupt_bit), IF as i32);
+                let asm = self.asm();
+                asm.load(RCX, page());
+                asm.lea(RCX, at(RCX, i.next_ip() as i32));
+                asm.store(field!(shadow_at), RCX);
+                Ok(())
+            }
+            Code::Swapgs => {
+                if self.is_user() {
+                    return Err(Unable);
+                }
+                let gs = offset_of!(Cpu, segments)
+                    + segment::GS * size_of::<Segment>()
+                    + offset_of!(Segment, base);
+                let base = slot_mem(slot::SEGMENT + segment::GS as u8);
+                let asm = self.asm();
+                asm.load(RCX, base);
+                asm.load(R10, field!(msrs.kernel_gs_base));
+                asm.store(field!(msrs.kernel_gs_base), RCX);
+                asm.store(base, R10);
+                asm.store(at(R15, gs as i32 - BIAS as i32), R10);
                 Ok(())
             }
             Code::Pushfq => {
@@ -83,6 +133,18 @@ impl Work<'_> {
         }
     }
 
+    /// Clears a bit of the system flags, that which the mask in the context lacks, and adds another.
+    fn change_flag(&mut self, others: usize, set: i32) {
+        let asm = self.asm();
+        asm.load(RCX, field!(system_flags));
+        asm.pext(RCX, RCX, context(others));
+        asm.pdep(RCX, RCX, context(others));
+        if set != 0 {
+            asm.lea(RCX, at(RCX, set));
+        }
+        asm.store(field!(system_flags), RCX);
+    }
+
     /// REP STOS and REP MOVS, forward, within one page on each side.
     fn repeat(&mut self, i: &Instruction, instruction: usize) -> Able {
         const RSI: Reg = Reg(6);
@@ -109,7 +171,7 @@ impl Work<'_> {
         }
         self.assembler.copy(R10, RDI);
         self.probe_row(scale, true, instruction);
-        self.to_be_written();
+        self.for_a_write();
         let asm = self.asm();
         asm.store(scratch_at(0), RDI);
         asm.copy(RDI, R10);

@@ -119,7 +119,7 @@ pub(super) fn slot_mem(number: u8) -> Mem {
     at(R15, slot_at(number))
 }
 
-fn page() -> Mem {
+pub(super) fn page() -> Mem {
     context(offset_of!(Context, page))
 }
 
@@ -435,11 +435,11 @@ impl Work<'_> {
     /// ([`Work::mark`]). RCX is free.
     pub(super) fn probe_write(&mut self, bytes: u32, instruction: usize) {
         self.probe(bytes, true, instruction);
-        self.to_be_written();
+        self.for_a_write();
     }
 
     /// The entry that R11 tells apart serves a write to R10: makes both what [`Work::probe_write`] does.
-    pub(super) fn to_be_written(&mut self) {
+    pub(super) fn for_a_write(&mut self) {
         let (addend, mark) = (self.entry(TlbEntry::ADDEND), self.entry(TlbEntry::MARK));
         let asm = self.asm();
         asm.load(RCX, addend);
@@ -894,8 +894,10 @@ impl Work<'_> {
     fn look_up_jump(&mut self) -> [Jump; 2] {
         let upper = self.upper;
         let asm = self.asm();
-        asm.pext(R11, R10, context(offset_of!(Context, jump_bits)));
-        asm.rorx(R11, R11, 64 - size_of::<KnownJump>().trailing_zeros() as u8);
+        asm.set(R11, 0);
+        // CRC32 R11, R10: changes no flag.
+        asm.raw(&[0xf2, 0x4d, 0x0f, 0x38, 0xf1, 0xda]);
+        asm.pdep(R11, R11, context(offset_of!(Context, jump_bits)));
         asm.load(RCX, field!(blocks.translated));
         asm.lea(R11, at_index(R11, RCX, 0, 0));
         asm.load(RCX, at(R11, offset_of!(KnownJump, linear) as i32));
@@ -1028,7 +1030,9 @@ impl Work<'_> {
             _ if i.is_jcc_short_or_near() => self.branch(i, instruction),
             M::Div | M::Idiv => self.divide(i, instruction),
             mnemonic if is_plain(mnemonic) => self.plain(i, instruction),
-            _ if super::system::is_known(i) => self.rare(i, instruction),
+            _ if super::system::is_known(i) || super::system::is_done_once(i) => {
+                self.rare(i, instruction)
+            }
             _ => self.vector(i, instruction),
         }
     }

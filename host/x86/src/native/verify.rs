@@ -136,8 +136,7 @@ impl Cpu {
 
     /// Interprets one block, and takes back what it did. `None`: it has to be done by itself.
     fn interpret(&mut self, block: &'static Block) -> Option<(Seen, Vec<(Replaced, u8)>)> {
-        let privilege = self.privilege();
-        self.tlb.set_trying(true, privilege);
+        self.tlb.set_trying(true);
         self.instructions += u64::from(block.instructions);
         self.journal = Some(Vec::new());
         self.set_current(block);
@@ -146,7 +145,7 @@ impl Cpu {
         let at = At::first(&block.ops);
         let exit = (at.get().handler)(self, at);
         self.budget &= !super::step::ALONE;
-        self.tlb.set_trying(false, privilege);
+        self.tlb.set_trying(false);
         let journal = self.journal.take().unwrap_or_default();
         let after = self.seen_after(block, exit);
         let mut stores = Vec::with_capacity(journal.len());
