@@ -129,7 +129,7 @@ impl Cpu {
             return;
         };
         let about = (self.config.baseline, self.mark.get(), self.rip >> 63 != 0);
-        if let Some(code) = self.translator.translate(block, bytes, about) {
+        if let Some(code) = self.translator.translate(block, &bytes, about) {
             block.code.set(code);
         }
     }
@@ -189,7 +189,7 @@ impl Cpu {
                 return Ok(next);
             }
             let next = self.find_block()?;
-            if block.frame.is_some() && block.frame == next.frame {
+            if block.frame.is_some() && block.frame == next.frame && next.second.is_none() {
                 block.links[link].set(next);
             }
             return Ok(next);

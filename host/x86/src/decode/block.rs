@@ -28,9 +28,11 @@ pub(crate) struct Block {
     pub(crate) code: Cell<*const u8>,
     /// How often it was interpreted.
     pub(crate) runs: Cell<u32>,
-    /// The physical page that it is dropped with; `None` for one whose only instruction lies in
-    /// two pages, which is looked up and compared each time.
+    /// The physical page that it is dropped with; `None` for one that is run by itself.
     pub(crate) frame: Option<u64>,
+    /// The physical page in which its only instruction ends, if that is another one: it is dropped with
+    /// that, too. Where the page is mapped is looked at by the ways that lead to it, so no link does.
+    pub(crate) second: Option<u64>,
     /// Blocks of the same page that this one leads to: by its branch, and behind its end. They
     /// are dropped together with it.
     pub(crate) links: [Cell<*const Block>; 2],
@@ -73,6 +75,8 @@ pub(crate) struct CodePage {
     pub(crate) count: u64,
     /// By offset, privilege and mode.
     pub(crate) blocks: HashMap<u16, Box<Block>, Hasher>,
+    /// Blocks of other pages that end in this one: page and place among its blocks.
+    pub(crate) entered: Vec<(u64, u16)>,
 }
 
 impl CodePage {
@@ -84,6 +88,7 @@ impl CodePage {
             lines: 0,
             count,
             blocks: HashMap::default(),
+            entered: Vec::new(),
         }
     }
 

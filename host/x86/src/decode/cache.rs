@@ -54,21 +54,12 @@ const NO_FETCH: Fetch = Fetch {
     large: false,
 };
 
-/// A block whose only instruction lies in two pages.
-#[derive(Debug)]
-struct Spanning {
-    bytes: [u8; MAX_BYTES],
-    len: usize,
-    block: Box<Block>,
-}
-
 /// All decoded code of a processor.
 #[derive(Debug)]
 pub(crate) struct BlockCache {
     pages: HashMap<u64, Box<CodePage>, Hasher>,
     jumps: Box<[Jump]>,
     fetches: Box<[[Fetch; FETCHES]; 2]>,
-    spanning: HashMap<u64, Spanning, Hasher>,
     /// Contexts of the lower and the upper half of the linear addresses: a generation, and the
     /// privilege and mode.
     context: [u64; 2],
@@ -116,7 +107,6 @@ impl BlockCache {
             ]
             .into_boxed_slice(),
             fetches: Box::new([[NO_FETCH; FETCHES]; 2]),
-            spanning: HashMap::default(),
             context: [0; 2],
             generation: [1; 2],
             keys: [0; 2],
@@ -240,13 +230,20 @@ impl BlockCache {
 
     /// The bytes of a block of 64-bit code, unless it was dropped.
     #[cfg(target_arch = "x86_64")]
-    pub(crate) fn bytes_of(&self, block: &Block) -> Option<&[u8]> {
+    pub(crate) fn bytes_of(&self, block: &Block) -> Option<Vec<u8>> {
         let page = self.pages.get(&block.frame?)?;
         let key = key(block.start, block.user, Mode::Bits64);
         let known = page.blocks.get(&key)?;
-        let start = usize::from(block.start);
-        std::ptr::eq(&raw const **known, block)
-            .then(|| page.copy.get(start..start + usize::from(block.bytes)))?
+        if !std::ptr::eq(&raw const **known, block) {
+            return None;
+        }
+        let bytes = page.copy[block.start.into()..].iter();
+        let bytes = bytes.copied().take(block.bytes.into());
+        let Some(second) = block.second else {
+            return Some(bytes.collect());
+        };
+        let rest = self.pages.get(&second)?.copy.iter().copied();
+        Some(bytes.chain(rest).take(block.bytes.into()).collect())
     }
 
     /// Frees what was dropped. No block may be running.
@@ -268,16 +265,29 @@ impl BlockCache {
     fn clear_page(&mut self, frame: u64) {
         if let Some(page) = self.pages.get_mut(&frame) {
             page.lines = 0;
-            for (_, block) in page.blocks.drain() {
-                // A block may go on after it was dropped, but not be entered in any table again.
-                if block.code.replace(std::ptr::null()).is_null() {
-                    self.dropped.push(block);
-                } else {
-                    self.buried_size += block.ops.len();
-                    self.buried.push(block);
+            let mut dropped: Vec<_> = page.blocks.drain().map(|(_, block)| block).collect();
+            for (first, key) in std::mem::take(&mut page.entered) {
+                let blocks = self.pages.get_mut(&first).map(|page| &mut page.blocks);
+                if let Some(blocks) = blocks
+                    && blocks.get(&key).and_then(|block| block.second) == Some(frame)
+                {
+                    dropped.extend(blocks.remove(&key));
                 }
             }
+            for block in dropped {
+                self.bury(block);
+            }
             self.forget_jumps([true; 2]);
+        }
+    }
+
+    /// Drops a block that may be running. It may go on, but not be entered in any table again.
+    fn bury(&mut self, block: Box<Block>) {
+        if block.code.replace(std::ptr::null()).is_null() {
+            self.dropped.push(block);
+        } else {
+            self.buried_size += block.ops.len();
+            self.buried.push(block);
         }
     }
 
@@ -328,25 +338,43 @@ impl Cpu {
         let offset = (linear & PAGE_OFFSET) as u16;
         let user = privilege == Privilege::User as usize;
         let key = key(offset, user, mode);
-        // SAFETY: pages are boxed and never removed.
+        // SAFETY: pages are boxed, and removed by stores and between blocks only.
         let code = unsafe { &mut *fetch.code };
-        if !code.blocks.contains_key(&key) {
-            let in_page = PAGE_OFFSET as usize + 1 - usize::from(offset);
-            code.refresh();
-            let bytes = &code.copy[usize::from(offset)..];
-            let lowered = lower::block(bytes, offset, mode, self.config.baseline, apart);
-            let Some(mut block) = lowered else {
-                if in_page < MAX_BYTES {
-                    return self.find_spanning(linear, fetch, privilege);
+        match code.blocks.get(&key).map(|block| block.second) {
+            Some(None) => {}
+            Some(Some(second)) => {
+                let (rest, _) = self.fetch(self.next_page(linear))?;
+                // SAFETY: as above; that look may have dropped blocks of the page.
+                let code = unsafe { &mut *fetch.code };
+                if rest.frame != second || !code.blocks.contains_key(&key) {
+                    // The same page, and another one behind it.
+                    if let Some(block) = code.blocks.remove(&key) {
+                        self.blocks.bury(block);
+                        self.blocks.forget_jumps([true; 2]);
+                    }
+                    self.decode_spanning((linear, user), fetch)?;
                 }
-                return Err(self.undefined());
-            };
-            self.blocks.size += block.ops.len();
-            block.frame = Some(fetch.frame);
-            block.user = user;
-            code.lines |= CodePage::lines_of(offset.into(), block.bytes.into());
-            code.blocks.insert(key, Box::new(block));
+            }
+            None => {
+                let in_page = PAGE_OFFSET as usize + 1 - usize::from(offset);
+                code.refresh();
+                let bytes = &code.copy[usize::from(offset)..];
+                let lowered = lower::block(bytes, offset, mode, self.config.baseline, apart);
+                match lowered {
+                    Some(mut block) => {
+                        self.blocks.size += block.ops.len();
+                        block.frame = Some(fetch.frame);
+                        block.user = user;
+                        code.lines |= CodePage::lines_of(offset.into(), block.bytes.into());
+                        code.blocks.insert(key, Box::new(block));
+                    }
+                    None if in_page < MAX_BYTES => self.decode_spanning((linear, user), fetch)?,
+                    None => return Err(self.undefined()),
+                }
+            }
         }
+        // SAFETY: as above; nothing was removed meanwhile but a block.
+        let code = unsafe { &mut *fetch.code };
         let Some(block) = code.blocks.get(&key) else {
             return Err(self.undefined());
         };
@@ -356,57 +384,47 @@ impl Cpu {
         Ok(unsafe { &*block })
     }
 
-    /// The block with the instruction that begins in one page and ends in the next.
-    fn find_spanning(
-        &mut self,
-        linear: u64,
-        first: Fetch,
-        _privilege: usize,
-    ) -> Result<&'static Block> {
-        let mut bytes = [0; MAX_BYTES];
-        let split = PAGE_OFFSET as usize + 1 - (linear & PAGE_OFFSET) as usize;
-        // SAFETY: pages are boxed and never removed.
-        let ram = unsafe { (*first.code).ram };
-        copy_from(ram, (linear & PAGE_OFFSET) as usize, &mut bytes[..split]);
-        let after = (linear & !PAGE_OFFSET).wrapping_add(PAGE_OFFSET + 1);
-        let after = if self.is_64_bit() {
-            after
+    /// The linear page behind that of an address.
+    fn next_page(&self, linear: u64) -> u64 {
+        let next = (linear & !PAGE_OFFSET).wrapping_add(PAGE_OFFSET + 1);
+        if self.is_64_bit() {
+            next
         } else {
-            after & 0xffff_ffff
-        };
-        let (second, _) = self.fetch(after)?;
-        // SAFETY: as above.
-        let ram = unsafe { (*second.code).ram };
-        copy_from(ram, 0, &mut bytes[split..]);
-        let key = linear << 2 | self.mode as u64;
-        let known = self
-            .blocks
-            .spanning
-            .get(&key)
-            .is_some_and(|s| s.bytes[..s.len] == bytes[..s.len]);
-        if !known {
-            let block = lower::single(
-                &bytes,
-                (linear & PAGE_OFFSET) as u16,
-                self.mode,
-                self.config.baseline,
-            );
-            let spanning = Spanning {
-                bytes,
-                len: block.bytes.into(),
-                block: Box::new(block),
-            };
-            self.blocks.size += PAGE_COST;
-            if let Some(old) = self.blocks.spanning.insert(key, spanning) {
-                self.blocks.dropped.push(old.block);
-            }
+            next & 0xffff_ffff
         }
-        let Some(spanning) = self.blocks.spanning.get(&key) else {
-            return Err(self.undefined());
-        };
-        let block: *const Block = &raw const *spanning.block;
-        // SAFETY: dropped blocks live until `collect`, between blocks.
-        Ok(unsafe { &*block })
+    }
+
+    /// Decodes the instruction that begins in the page of `first` and ends in the next one.
+    fn decode_spanning(&mut self, (linear, user): (u64, bool), first: Fetch) -> Result {
+        let (rest, _) = self.fetch(self.next_page(linear))?;
+        let offset = (linear & PAGE_OFFSET) as u16;
+        let mut bytes = [0; MAX_BYTES];
+        let (head, tail) = bytes.split_at_mut(PAGE_OFFSET as usize + 1 - usize::from(offset));
+        // SAFETY: pages are boxed, and removed by stores and between blocks only; one reference at a
+        // time, since both may be the same page.
+        let code = unsafe { &mut *first.code };
+        code.refresh();
+        head.copy_from_slice(&code.copy[usize::from(offset)..]);
+        // SAFETY: as above.
+        let second = unsafe { &mut *rest.code };
+        second.refresh();
+        tail.copy_from_slice(&second.copy[..tail.len()]);
+        let in_tail = tail.len();
+        let mut block = lower::single(&bytes, offset, self.mode, self.config.baseline);
+        block.frame = Some(first.frame);
+        block.second = Some(rest.frame);
+        block.user = user;
+        let key = key(offset, user, self.mode);
+        second.lines |= CodePage::lines_of(0, in_tail as u64);
+        if !second.entered.contains(&(first.frame, key)) {
+            second.entered.push((first.frame, key));
+        }
+        // SAFETY: as above.
+        let code = unsafe { &mut *first.code };
+        code.lines |= CodePage::lines_of(offset.into(), (MAX_BYTES - in_tail) as u64);
+        code.blocks.insert(key, Box::new(block));
+        self.blocks.size += PAGE_COST;
+        Ok(())
     }
 
     /// A block of the one instruction at `Cpu::rip`, decoded anew.
@@ -421,13 +439,7 @@ impl Cpu {
         copy_from(ram, offset, &mut bytes[..split]);
         let mut have = split;
         if split < MAX_BYTES && !lower::is_complete(&bytes[..split], self.mode) {
-            let after = (linear & !PAGE_OFFSET).wrapping_add(PAGE_OFFSET + 1);
-            let after = if self.is_64_bit() {
-                after
-            } else {
-                after & 0xffff_ffff
-            };
-            let (second, _) = self.fetch(after)?;
+            let (second, _) = self.fetch(self.next_page(linear))?;
             // SAFETY: as above.
             let ram = unsafe { (*second.code).ram };
             copy_from(ram, 0, &mut bytes[split..]);
@@ -583,7 +595,6 @@ impl Cpu {
         for frame in frames {
             self.release_page(frame);
         }
-        self.blocks.spanning.clear();
         self.blocks.size = 0;
         self.blocks.collect();
     }

@@ -162,6 +162,7 @@ impl Lowering {
             runs: std::cell::Cell::new(0),
             links: no_links(),
             frame: None,
+            second: None,
         }
     }
 

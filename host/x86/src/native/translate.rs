@@ -324,13 +324,15 @@ impl Work<'_> {
         }
     }
 
-    /// Works out the offset of the memory operand into `to`; R10 and R11 may change.
-    fn offset(&mut self, i: &Instruction, to: Reg) -> Able {
+    /// Works out the offset of the memory operand into `to`, its low 32 bits where it is to be `narrow`;
+    /// R10 and R11 may change.
+    fn offset(&mut self, i: &Instruction, to: Reg, narrow: bool) -> Able {
         let (base, index) = (i.memory_base(), i.memory_index());
-        let narrow = match (base.size(), index.size()) {
-            (0, 0) => i.memory_displ_size() == 4,
-            (0, size) | (size, _) => size == 4,
-        };
+        let narrow = narrow
+            || match (base.size(), index.size()) {
+                (0, 0) => i.memory_displ_size() == 4,
+                (0, size) | (size, _) => size == 4,
+            };
         let mut displacement = i.memory_displacement64() as i64;
         let index = match index {
             Register::None => None,
@@ -382,7 +384,7 @@ impl Work<'_> {
 
     /// Works out the linear address of the memory operand into R10; R11 may change.
     pub(super) fn address(&mut self, i: &Instruction) -> Able {
-        self.offset(i, R10)?;
+        self.offset(i, R10, false)?;
         let segment = match i.segment_prefix() {
             Register::FS => slot::SEGMENT + 4,
             Register::GS => slot::SEGMENT + 5,
@@ -681,11 +683,8 @@ impl Work<'_> {
         let place = PLACES[usize::from(to)];
         let host = place.unwrap_or(R10);
         match i.op0_register().size() {
-            8 => self.offset(i, host)?,
-            4 => {
-                self.offset(i, R10)?;
-                self.assembler.lea_32(host, at(R10, 0));
-            }
+            8 => self.offset(i, host, false)?,
+            4 => self.offset(i, host, true)?,
             _ => return Err(Unable),
         }
         if place.is_none() {

@@ -180,7 +180,7 @@ impl Cpu {
     fn instructions_of(&self, block: &Block) -> Vec<Instruction> {
         let bytes = self.blocks.bytes_of(block).unwrap_or_default();
         let at = self.native.page + u64::from(block.start);
-        Decoder::with_ip(64, bytes, at, DecoderOptions::NONE)
+        Decoder::with_ip(64, &bytes, at, DecoderOptions::NONE)
             .into_iter()
             .collect()
     }

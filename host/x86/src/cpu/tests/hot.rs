@@ -676,3 +676,56 @@ fn rows_of_memory_are_filled_and_copied() {
     );
     assert_eq!((state.gpr[8], state.gpr[9]), (DATA + 0x38, DATA + 0x16));
 }
+
+/// A subroutine at the end of the page at CODE + 0x3000: MOV EAX, 0x01010101, of which only the first
+/// byte lies in that page, and RET.
+fn across() -> (u64, Vec<u8>) {
+    (CODE + 0x3fff, vec![0xb8, 1, 1, 1, 1, 0xc3])
+}
+
+#[test]
+fn an_instruction_in_two_pages_changes_with_the_second() {
+    let (routine, bytes) = across();
+    let mut machine = Machine::assembled(|a| {
+        let mut again = a.create_label();
+        a.mov(r12d, 10).unwrap();
+        a.mov(rbp, routine).unwrap();
+        a.xor(ebx, ebx).unwrap();
+        a.set_label(&mut again).unwrap();
+        a.call(rbp).unwrap();
+        a.add(ebx, eax).unwrap();
+        a.inc(byte_ptr(CODE + 0x4000)).unwrap();
+        a.dec(r12d).unwrap();
+        a.jnz(again).unwrap();
+        a.hlt().unwrap();
+    });
+    machine.ram.write(routine, &bytes);
+    assert_eq!(machine.halt().gpr[gpr::RBX], 10 * 0x0101_0101 + 45);
+}
+
+#[test]
+fn an_instruction_in_two_pages_changes_with_what_is_mapped_behind_the_first() {
+    let (routine, bytes) = across();
+    let mut machine = Machine::assembled(|a| {
+        a.mov(rbp, routine).unwrap();
+        for entry in [CODE + 0x4000, CODE + 0x6000, CODE + 0x4000, 0] {
+            for _ in 0..4 {
+                a.call(rbp).unwrap();
+                a.add(rbx, rax).unwrap();
+            }
+            a.mov(rdi, PT + ((CODE + 0x4000) >> 12) * 8).unwrap();
+            a.mov(rax, entry | if entry == 0 { 0 } else { 7 }).unwrap();
+            a.mov(qword_ptr(rdi), rax).unwrap();
+            a.invlpg(byte_ptr(CODE + 0x4000)).unwrap();
+        }
+        a.call(rbp).unwrap();
+        a.hlt().unwrap();
+    });
+    machine.ram.write(routine, &bytes);
+    machine.ram.write(CODE + 0x6000, &[2, 1, 1, 1, 0xc3]);
+    let frame = machine.fault(14);
+    // Not present, at a fetch by the supervisor without NX; where it begins, and what is missing.
+    assert_eq!((frame[0] & 1, frame[1]), (0, routine));
+    assert_eq!(machine.cpu.state().cr2, CODE + 0x4000);
+    assert_eq!(machine.cpu.state().gpr[gpr::RBX], 16 * 0x0101_0101 + 4);
+}
