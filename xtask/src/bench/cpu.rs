@@ -37,6 +37,8 @@ const RATIO: &str = "time ratio to QEMU TCG";
 const LIMIT: Duration = Duration::from_secs(600);
 /// A boot that takes longer hangs.
 const BOOT_LIMIT: Duration = Duration::from_secs(60);
+/// A boot and all the work, run twice, and compared block by block.
+const LOCKSTEP_LIMIT: Duration = Duration::from_secs(3600);
 
 /// Arguments of `cargo xtask bench cpu`.
 #[derive(Debug, Args)]
@@ -173,8 +175,11 @@ pub(super) fn run(arguments: &CpuArguments) -> anyhow::Result<()> {
         rows.push(mean(&ratios));
         rows.extend(two_over_one(arguments, &binary, &guest)?);
         rows.push(hung_boots(arguments, &binary, &guest)?);
-        let why = "the software CPU has no second way to run code yet".to_owned();
-        rows.push(Row::missing("lockstep_differences", "differences", why));
+        rows.push(lockstep(
+            &mut dunlin(&binary, &guest, 1, &cmdline),
+            &names,
+            &ours,
+        )?);
     }
     for (side, times) in [("dunlin", &ours), ("qemu", &peer)] {
         rows.push(Row::information(&format!("boot_{side}"), "s", &times.boot));
@@ -230,6 +235,29 @@ fn two_over_one(
         Row::information("pair_dunlin_1", "s", &one),
         Row::information("pair_dunlin_2", "s", &two),
     ])
+}
+
+/// A boot and all the work with everything interpreted beside its translation: the first difference
+/// would end it.
+fn lockstep(command: &mut Command, names: &[&str], ours: &Side) -> anyhow::Result<Row> {
+    eprintln!("lockstep …");
+    let session = Session::run(command.arg("--verify"), LOCKSTEP_LIMIT)?;
+    let odd = |name: &&&str| {
+        let usual = ours.results.get(**name);
+        took(&session, name).is_none()
+            || usual.is_none_or(|usual| !usual.contains(result(&session, name)))
+    };
+    let first_odd = names.iter().find(odd);
+    let differences = f64::from(!session.clean || first_odd.is_some());
+    let mut row = Row::exactly("lockstep_differences", "differences", 0.0, differences, 1);
+    if differences > 0.0 {
+        let last = session.lines.last().map_or("nothing", |line| &line.1);
+        row.why = Some(match first_odd {
+            Some(name) => format!("{name} did not end as usual; the guest said last: {last}"),
+            None => format!("the guest said last: {last}"),
+        });
+    }
+    Ok(row)
 }
 
 fn hung_boots(arguments: &CpuArguments, binary: &Path, guest: &Guest) -> anyhow::Result<Row> {
