@@ -249,6 +249,38 @@ impl Assembler {
         Jump(self.here() - 4)
     }
 
+    /// A call to be landed later, as a jump.
+    pub(super) fn call(&mut self) -> Jump {
+        self.raw(&[0xe8, 0, 0, 0, 0]);
+        Jump(self.here() - 4)
+    }
+
+    pub(super) fn call_mem(&mut self, mem: Mem) {
+        self.legacy(false, 0xff, 2, mem);
+    }
+
+    /// Onto the host's stack.
+    pub(super) fn push_mem(&mut self, mem: Mem) {
+        self.legacy(false, 0xff, 6, mem);
+    }
+
+    /// From the host's stack.
+    pub(super) fn pop(&mut self, to: Reg) {
+        if to.0 >= 8 {
+            self.bytes.push(0x41);
+        }
+        self.bytes.push(0x58 | to.0 & 7);
+    }
+
+    /// Changes no flag.
+    pub(super) fn not(&mut self, reg: Reg) {
+        self.raw(&[0x48 | reg.0 >> 3, 0xf7, 0xd0 | reg.0 & 7]);
+    }
+
+    pub(super) fn ret(&mut self) {
+        self.bytes.push(0xc3);
+    }
+
     /// A jump on a condition, by its encoding.
     pub(super) fn jump_if(&mut self, condition: u8) -> Jump {
         self.raw(&[0x0f, 0x80 | condition & 15, 0, 0, 0, 0]);
@@ -355,6 +387,14 @@ mod tests {
             ),
             (text(|a| a.lea_scaled(R10, R13, 2, 5)), "lea r10,[r13*4+5h]"),
             (text(|a| a.set(R10, -1)), "mov r10,0FFFFFFFFFFFFFFFFh"),
+            (
+                text(|a| a.call_mem(at(R11, 16))),
+                "call qword ptr [r11+10h]",
+            ),
+            (text(|a| a.push_mem(at(R15, 8))), "push qword ptr [r15+8h]"),
+            (text(|a| a.pop(RCX)), "pop rcx"),
+            (text(|a| a.pop(R10)), "pop r10"),
+            (text(|a| a.not(R10)), "not r10"),
         ];
         for (found, expected) in cases {
             assert_eq!(found, expected);

@@ -15,6 +15,8 @@ pub(super) const CONTEXT: usize = offset_of!(Cpu, native) - BIAS;
 const FLAGS: usize = CONTEXT + offset_of!(Context, flags);
 const TARGET: usize = CONTEXT + offset_of!(Context, scratch);
 const EXIT: usize = CONTEXT + offset_of!(Context, exit);
+const STACK: usize = CONTEXT + offset_of!(Context, host_stack);
+const BOTTOM: usize = CONTEXT + offset_of!(Context, bottom);
 
 /// Runs translated code at `target` until it leaves; the number of the exit.
 ///
@@ -32,6 +34,8 @@ pub(super) unsafe extern "sysv64" fn enter(cpu: *mut Cpu, target: *const u8) -> 
         "sub rsp, 8",
         "lea r15, [rdi + {bias}]",
         "mov [r15 + {target}], rsi",
+        "mov [r15 + {stack}], rsp",
+        "push qword ptr [r15 + {bottom}]",
         // AL is 1 for an overflow, AH the other flags.
         "movzx eax, word ptr [r15 + {flags}]",
         "add al, 0x7f",
@@ -50,6 +54,8 @@ pub(super) unsafe extern "sysv64" fn enter(cpu: *mut Cpu, target: *const u8) -> 
         "jmp [r15 + {target}]",
         bias = const BIAS,
         target = const TARGET,
+        stack = const STACK,
+        bottom = const BOTTOM,
         flags = const FLAGS,
         rax = const slot_at(0),
         rcx = const slot_at(1),
@@ -87,6 +93,8 @@ pub(super) unsafe extern "sysv64" fn leave() {
         "lahf",
         "mov [r15 + {flags}], ax",
         "mov eax, [r15 + {exit}]",
+        // Calls that have not returned yet are forgotten.
+        "mov rsp, [r15 + {stack}]",
         "add rsp, 8",
         "pop r15",
         "pop r14",
@@ -96,6 +104,7 @@ pub(super) unsafe extern "sysv64" fn leave() {
         "pop rbx",
         "ret",
         flags = const FLAGS,
+        stack = const STACK,
         exit = const EXIT,
         rax = const slot_at(0),
         rcx = const slot_at(1),

@@ -88,6 +88,10 @@ pub(crate) struct Context {
     bit_within: [u64; 2],
     /// Not zero: an interrupt waits for the flag that permits it.
     due: u64,
+    /// The host's stack as translated code was entered with it.
+    host_stack: u64,
+    /// Where translated code returns to that was not called by any.
+    bottom: u64,
     not_direction_bit: u64,
 }
 
@@ -109,6 +113,8 @@ impl Context {
             bit_unit: [0x7fff_ffe0, 0x7fff_ffc0],
             bit_within: [31, 63],
             due: 0,
+            host_stack: 0,
+            bottom: 0,
             not_direction_bit: !crate::exec::flags::DF,
             sse_blocked: 0,
             arithmetic_blocked: 0,
@@ -199,7 +205,14 @@ enum Kind {
     /// Something is to be looked at; the block has not begun.
     Look,
     /// To another block of the page, at this offset in it. `place` is the jump to be linked.
-    Link { link: u8, offset: u16, place: u32 },
+    /// `calls`: it is a call, each of which takes from the host's stack, so that none may pass over the
+    /// look whether something is due, which gives it back.
+    Link {
+        link: u8,
+        offset: u16,
+        calls: bool,
+        place: u32,
+    },
     /// To an offset from the page's beginning, out of the page.
     Away { offset: i32 },
     /// The interpreter is to do an instruction: operations of the block, and where the code goes on
@@ -214,6 +227,9 @@ pub(crate) struct Translator {
     /// Runs of a block after which it is translated.
     pub(crate) after: u32,
     leavings: Vec<Leaving>,
+    /// Where a return goes for which no call is known, and where that is done by the table.
+    bottom: u64,
+    by_table: usize,
     assembler: Assembler,
     encoder: Encoder,
     /// Operations that the interpreter does one at a time.
@@ -266,6 +282,8 @@ impl Translator {
             memory,
             after,
             leavings: Vec::new(),
+            bottom: 0,
+            by_table: 0,
             assembler: Assembler::default(),
             encoder: Encoder::new(64),
             step: Box::new(step::no_operations()),
@@ -290,6 +308,14 @@ impl Translator {
         way_out.extend_from_slice(&[0x41, 0xff, 0xe3]);
         let at = memory.append(&way_out);
         debug_assert_eq!(at, Some(WAY_OUT), "the first that is written");
+        let start = memory.used().next_multiple_of(16);
+        let asm = &mut self.assembler;
+        asm.clear();
+        let places = translate::write_returns(asm, start);
+        let at = memory.append(asm.bytes());
+        debug_assert_eq!(at, Some(start), "where it was made for");
+        self.bottom = memory.address(start + places.bottom) as u64;
+        self.by_table = start + places.by_table;
     }
 
     /// Is there any translated code?

@@ -35,6 +35,7 @@ impl Cpu {
     pub(crate) fn run_translated(&mut self, code: *const u8) -> Exit {
         self.native.page = self.rip & !PAGE_OFFSET;
         self.blocks.remember_translated(self.rip, code);
+        self.native.bottom = self.translator.bottom;
         // The first block looks by itself whether something is due.
         self.budget = self.budget.max(1);
         let mut target = code;
@@ -69,13 +70,15 @@ impl Cpu {
                 Kind::Link {
                     link,
                     offset,
+                    calls,
                     place,
                 } => {
                     self.rip = page + u64::from(offset);
                     let next = block.link(link.into()).map(|next| next.code.get());
                     match next.filter(|next| !next.is_null()) {
                         Some(next) => {
-                            self.translator.link(place, next, offset > block.start);
+                            let forward = !calls && offset > block.start;
+                            self.translator.link(place, next, forward);
                             target = next;
                         }
                         None if link == 0 => return Exit::Taken,

@@ -58,6 +58,7 @@ enum StubKind {
     Link {
         link: u8,
         offset: u16,
+        calls: bool,
     },
     Away {
         offset: i32,
@@ -91,6 +92,10 @@ pub(super) struct Work<'a> {
     mark: u8,
     /// From R15 to the TLB's entries of the block's privilege.
     entries: i32,
+    /// Places where code left before this block was translated.
+    first_leaving: usize,
+    /// From the beginning of this block's code to that which returns by the table.
+    by_table: isize,
     /// Where code that this block's may lead to has its context: that of the lower or upper half.
     upper: bool,
     /// Whether SSE instructions run was looked at before.
@@ -868,6 +873,16 @@ impl Work<'_> {
     /// On to an offset from the page's beginning: a jump that a stub, or code behind the rest, takes
     /// up.
     fn go(&mut self, jump: Jump, link: u8, offset: i64, instruction: Option<usize>) {
+        self.go_or_call(jump, (link, false), offset, instruction);
+    }
+
+    fn go_or_call(
+        &mut self,
+        jump: Jump,
+        (link, calls): (u8, bool),
+        offset: i64,
+        instruction: Option<usize>,
+    ) {
         let near = u16::try_from(offset).ok();
         match (
             near.filter(|&o| u64::from(o) <= PAGE_OFFSET),
@@ -876,7 +891,11 @@ impl Work<'_> {
         ) {
             (Some(offset), ..) => self.stubs.push(Stub {
                 jump,
-                kind: StubKind::Link { link, offset },
+                kind: StubKind::Link {
+                    link,
+                    offset,
+                    calls,
+                },
             }),
             (None, Ok(offset), _) => self.far.push(Far {
                 jump,
@@ -893,12 +912,7 @@ impl Work<'_> {
     fn look_up_jump(&mut self) -> [Jump; 2] {
         let upper = self.upper;
         let asm = self.asm();
-        asm.set(R11, 0);
-        // CRC32 R11, R10: changes no flag.
-        asm.raw(&[0xf2, 0x4d, 0x0f, 0x38, 0xf1, 0xda]);
-        asm.pdep(R11, R11, context(offset_of!(Context, jump_bits)));
-        asm.load(RCX, field!(blocks.translated));
-        asm.lea(R11, at_index(R11, RCX, 0, 0));
+        find_jump(asm);
         asm.load(RCX, at(R11, offset_of!(KnownJump, linear) as i32));
         asm.lea(RCX, at_index(RCX, R10, 0, 0));
         let elsewhere = asm.unless_rcx_zero();
@@ -963,8 +977,10 @@ impl Work<'_> {
                 let offset = i.near_branch_target() as i64;
                 if (0..=PAGE_OFFSET as i64).contains(&offset) {
                     self.push_return(i, instruction);
-                    let jump = self.assembler.jump();
-                    self.go(jump, 0, offset, Some(instruction));
+                    self.assembler.push_mem(page());
+                    let call = self.assembler.call();
+                    self.go_or_call(call, (0, true), offset, Some(instruction));
+                    self.land_return(i);
                 } else {
                     self.assembler.load(R10, page());
                     let offset = i32::try_from(offset).map_err(|_far| Unable)?;
@@ -981,17 +997,23 @@ impl Work<'_> {
                 self.known_jump(instruction);
                 self.take_jump();
             }
-            Code::Retnq | Code::Retnq_imm16 => {
-                let more = if i.code() == Code::Retnq_imm16 {
-                    i32::from(i.immediate16())
-                } else {
-                    0
-                };
+            Code::Retnq => {
+                self.assembler.copy(R10, R14);
+                let from = self.probe_read(8, instruction);
+                self.assembler.load(R10, from);
+                // Where nobody knows the way, the interpreter does it, as if the look had failed.
+                let number = (self.first_leaving + 1 + self.stubs.len() - 1) as u32;
+                let exit = context(offset_of!(Context, exit));
+                self.assembler.store_imm_32(exit, number);
+                self.assembler.ret();
+            }
+            Code::Retnq_imm16 => {
                 self.assembler.copy(R10, R14);
                 let from = self.probe_read(8, instruction);
                 self.assembler.load(R10, from);
                 self.known_jump(instruction);
-                self.assembler.lea(R14, at(R14, 8 + more));
+                let popped = 8 + i32::from(i.immediate16());
+                self.assembler.lea(R14, at(R14, popped));
                 self.take_jump();
             }
             _ if i.is_jcc_short_or_near() && i.op0_kind() == OpKind::NearBranch64 => {
@@ -1011,8 +1033,33 @@ impl Work<'_> {
         self.known_jump(instruction);
         self.assembler.store(scratch(), R11);
         self.push_return(i, instruction);
-        self.assembler.load(R11, scratch());
-        self.take_jump();
+        let asm = self.asm();
+        asm.push_mem(page());
+        asm.load(R11, scratch());
+        asm.load(RCX, at(R11, offset_of!(KnownJump, page) as i32));
+        asm.store(page(), RCX);
+        asm.call_mem(at(R11, offset_of!(KnownJump, code) as i32));
+        self.land_return(i);
+    }
+
+    /// Where the host returns to behind a call: R10 says where the guest returns to. That is the
+    /// instruction behind the call, or the table knows where.
+    fn land_return(&mut self, i: &Instruction) {
+        let by_table = self.by_table;
+        let next = i.next_ip() as i32;
+        let asm = self.asm();
+        asm.pop(R11);
+        asm.not(R10);
+        asm.lea(RCX, at_index(R11, R10, 0, next + 1));
+        let elsewhere = asm.unless_rcx_zero();
+        asm.store(page(), R11);
+        asm.lea(R14, at(R14, 8));
+        let on = asm.jump();
+        self.go(on, 1, next.into(), None);
+        self.assembler.land(elsewhere);
+        self.assembler.not(R10);
+        let away = self.assembler.jump();
+        self.assembler.land_at(away, by_table);
     }
 
     fn instruction(&mut self, i: &Instruction, instruction: usize) -> Able {
@@ -1082,6 +1129,54 @@ impl Work<'_> {
     }
 }
 
+/// Where code is that returns.
+pub(super) struct Returns {
+    pub(super) bottom: usize,
+    pub(super) by_table: usize,
+}
+
+/// Writes what returns to where R10 says when no call is known that it would return from: by the table
+/// of jumps, or else by the interpreter, as [`Context::exit`] says already. It goes to `start`.
+pub(super) fn write_returns(asm: &mut Assembler, start: usize) -> Returns {
+    // Below the first call on the host's stack there always is the way to here.
+    let again = asm.here();
+    let call = asm.call();
+    let bottom = asm.here();
+    let back = asm.jump();
+    asm.land_at(back, again as isize);
+    asm.land(call);
+    let by_table = asm.here();
+    find_jump(asm);
+    asm.load(RCX, at(R11, offset_of!(KnownJump, linear) as i32));
+    asm.lea(RCX, at_index(RCX, R10, 0, 0));
+    let elsewhere = asm.unless_rcx_zero();
+    // The half of the address tells which context has to be that of now.
+    asm.pext(RCX, R10, context(offset_of!(Context, sign_bits) + 8));
+    let keys = offset_of!(Cpu, blocks) + offset_of!(BlockCache, keys);
+    asm.load(R10, at_index(R15, RCX, 3, keys as i32 - BIAS as i32));
+    asm.load(RCX, at(R11, offset_of!(KnownJump, context) as i32));
+    asm.lea(RCX, at_index(RCX, R10, 0, 0));
+    let stale = asm.unless_rcx_zero();
+    asm.lea(R14, at(R14, 8));
+    asm.load(RCX, at(R11, offset_of!(KnownJump, page) as i32));
+    asm.store(page(), RCX);
+    asm.jump_to_mem(at(R11, offset_of!(KnownJump, code) as i32));
+    for jump in [elsewhere, stale] {
+        asm.land_at(jump, WAY_OUT as isize - start as isize);
+    }
+    Returns { bottom, by_table }
+}
+
+/// R11 points to the entry of the table of jumps where that to the address in R10 would be.
+fn find_jump(asm: &mut Assembler) {
+    asm.set(R11, 0);
+    // CRC32 R11, R10: changes no flag.
+    asm.raw(&[0xf2, 0x4d, 0x0f, 0x38, 0xf1, 0xda]);
+    asm.pdep(R11, R11, context(offset_of!(Context, jump_bits)));
+    asm.load(RCX, field!(blocks.translated));
+    asm.lea(R11, at_index(R11, RCX, 0, 0));
+}
+
 /// The instructions that are done together: pushes or pops of registers.
 fn row(instructions: &[Instruction]) -> &[Instruction] {
     let Some(first) = instructions.first() else {
@@ -1124,6 +1219,7 @@ impl Translator {
             return None;
         }
         self.assembler.clear();
+        let start = memory.used().next_multiple_of(16);
         let privilege = if block.user {
             Privilege::User
         } else {
@@ -1137,6 +1233,8 @@ impl Translator {
             baseline,
             mark,
             entries: (offset_of!(Cpu, tlb) + Tlb::distance(privilege)) as i32 - BIAS as i32,
+            first_leaving: self.leavings.len(),
+            by_table: self.by_table as isize - start as isize,
             upper,
             sse_checked: false,
             places: Vec::new(),
@@ -1211,7 +1309,6 @@ impl Translator {
         }
         work.far_ways();
         let Work { places, stubs, .. } = work;
-        let start = memory.used().next_multiple_of(16);
         let way_out = WAY_OUT as isize - start as isize;
         let exit = context(offset_of!(Context, exit));
         let asm = &mut self.assembler;
@@ -1226,9 +1323,14 @@ impl Translator {
         leave(look, Kind::Look);
         for Stub { jump, kind } in stubs {
             let kind = match kind {
-                StubKind::Link { link, offset } => Kind::Link {
+                StubKind::Link {
                     link,
                     offset,
+                    calls,
+                } => Kind::Link {
+                    link,
+                    offset,
+                    calls,
                     place: (start + jump.place()) as u32,
                 },
                 StubKind::Away { offset } => Kind::Away { offset },

@@ -729,3 +729,107 @@ fn an_instruction_in_two_pages_changes_with_what_is_mapped_behind_the_first() {
     assert_eq!(machine.cpu.state().cr2, CODE + 0x4000);
     assert_eq!(machine.cpu.state().gpr[gpr::RBX], 16 * 0x0101_0101 + 4);
 }
+
+#[test]
+fn returns_go_where_the_stack_says() {
+    let mut machine = Machine::assembled(|a| {
+        let (mut again, mut routine, mut twice, mut deep, mut end) = (
+            a.create_label(),
+            a.create_label(),
+            a.create_label(),
+            a.create_label(),
+            a.create_label(),
+        );
+        a.mov(r12d, 50).unwrap();
+        a.set_label(&mut again).unwrap();
+        a.call(routine).unwrap();
+        a.inc(r8).unwrap();
+        // Returns over its caller's head.
+        a.call(twice).unwrap();
+        // A call that is none, and a return that is a jump.
+        let mut here = a.create_label();
+        a.call(here).unwrap();
+        a.set_label(&mut here).unwrap();
+        a.pop(rax).unwrap();
+        a.lea(rdx, ptr(end)).unwrap();
+        a.push(rdx).unwrap();
+        a.ret().unwrap();
+        a.ud2().unwrap();
+        a.set_label(&mut end).unwrap();
+        a.mov(ecx, 300).unwrap();
+        a.call(deep).unwrap();
+        a.dec(r12d).unwrap();
+        a.jnz(again).unwrap();
+        a.hlt().unwrap();
+        a.set_label(&mut routine).unwrap();
+        a.inc(r9).unwrap();
+        a.ret().unwrap();
+        a.set_label(&mut twice).unwrap();
+        let mut inner = a.create_label();
+        a.call(inner).unwrap();
+        a.ud2().unwrap();
+        a.set_label(&mut inner).unwrap();
+        a.pop(rax).unwrap();
+        a.inc(r10).unwrap();
+        a.ret().unwrap();
+        a.set_label(&mut deep).unwrap();
+        let mut bottom = a.create_label();
+        a.dec(ecx).unwrap();
+        a.jz(bottom).unwrap();
+        a.call(deep).unwrap();
+        a.inc(r11).unwrap();
+        a.set_label(&mut bottom).unwrap();
+        a.ret().unwrap();
+    });
+    let state = machine.halt();
+    let counts = [8, 9, 10, 11].map(|register| state.gpr[register]);
+    assert_eq!(counts, [50, 50, 50, 50 * 299]);
+    assert_eq!(state.gpr[gpr::RSP], STACK);
+}
+
+#[test]
+fn calls_that_never_return_do_not_use_up_the_hosts_stack() {
+    // A page of calls to the next instruction, again and again on the same few pages of stack.
+    let mut machine = Machine::long(&[]);
+    let mut code = vec![0xe8, 0, 0, 0, 0].repeat(700);
+    code.extend(assemble(64, CODE + code.len() as u64, |a| {
+        a.add(rsp, 700 * 8).unwrap();
+        a.dec(r12d).unwrap();
+        let mut end = a.create_label();
+        a.jz(end).unwrap();
+        a.jmp(CODE).unwrap();
+        a.set_label(&mut end).unwrap();
+        a.hlt().unwrap();
+    }));
+    machine.ram.write(CODE, &code);
+    let mut machine = machine.with(|state| state.gpr[12] = 3000);
+    // On a small stack: what 512 blocks of 700 calls each would take is not there.
+    let thread = std::thread::Builder::new().stack_size(1 << 20);
+    let ended = thread.spawn(move || machine.halt().gpr[gpr::RSP]).unwrap();
+    assert_eq!(ended.join().unwrap(), STACK);
+}
+
+#[test]
+fn a_return_to_nowhere_fails_before_it_has_popped() {
+    let mut machine = Machine::assembled(|a| {
+        let (mut again, mut routine) = (a.create_label(), a.create_label());
+        a.mov(r12d, 5).unwrap();
+        a.set_label(&mut again).unwrap();
+        a.call(routine).unwrap();
+        a.dec(r12d).unwrap();
+        a.jnz(again).unwrap();
+        a.mov(rax, 1u64 << 62).unwrap();
+        a.push(rax).unwrap();
+        a.jmp(routine).unwrap();
+        a.set_label(&mut routine).unwrap();
+        a.ret().unwrap();
+    });
+    let code = machine.ram.get(CODE);
+    assert_ne!(code, 0);
+    let frame = machine.fault(13);
+    let ret = (CODE..CODE + 0x40)
+        .rev()
+        .find(|&at| machine.ram.get(at) & 0xff == 0xc3);
+    // Error code, RIP, and RSP.
+    assert_eq!((frame[0], Some(frame[1]), frame[4]), (0, ret, STACK - 8));
+}
