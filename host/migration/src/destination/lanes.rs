@@ -135,6 +135,7 @@ impl Book {
 pub(super) struct Lanes {
     book: Arc<Book>,
     stop: CancelToken,
+    preparer: Arc<Preparer>,
 }
 
 impl Lanes {
@@ -144,12 +145,14 @@ impl Lanes {
         inventory: &Arc<Inventory>,
     ) -> Result<Self, MigrationError> {
         let book = Arc::new(Book::new(receivers.len()));
+        let stop = CancelToken::new();
+        let preparer = Preparer::start(inventory.memory().clone(), stop.clone())?;
+        let preparer = Arc::new(preparer);
         let lanes = Self {
             book: Arc::clone(&book),
-            stop: CancelToken::new(),
+            stop,
+            preparer: Arc::clone(&preparer),
         };
-        let preparer = Preparer::start(inventory.memory().clone(), lanes.stop.clone())?;
-        let preparer = Arc::new(preparer);
         for (index, mut lane) in receivers.into_iter().enumerate() {
             for window in pages::windows(inventory.memory()) {
                 lane.grant(window, Instant::now() + GRANT)?;
@@ -175,6 +178,11 @@ impl Lanes {
                 })?;
         }
         Ok(lanes)
+    }
+
+    /// Absent pages have a meaning from now on: none is prepared any more.
+    pub(super) fn prepare_no_more(&self) {
+        self.preparer.end();
     }
 
     pub(super) fn book(&self) -> &Arc<Book> {

@@ -242,11 +242,13 @@ impl<'a, M: DestinationMachine> Session<'a, M> {
                 self.announced = Instant::now();
             }
             (Message::Missing(body), Stage::Copying) if self.round.is_none() => {
+                self.lanes.prepare_no_more();
                 self.post_copy.make_room(&body, &self.inventory)?;
             }
             (Message::Missing(body), Stage::Switching(attempt))
                 if self.round.is_none() && body.attempt == attempt =>
             {
+                self.lanes.prepare_no_more();
                 self.post_copy.begin(&body, &self.inventory)?;
             }
             (Message::States(body), Stage::Switching(attempt))

@@ -101,6 +101,10 @@ impl Cpu {
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn enter_translated(&mut self, block: &'static Block) -> Option<Exit> {
+        if matches!(self.cpl, 1 | 2) {
+            // Pages are the supervisor's to them, instructions are not.
+            return None;
+        }
         if block.code.get().is_null() {
             let runs = block.runs.get().wrapping_add(1);
             block.runs.set(runs);

@@ -28,7 +28,8 @@ pub(crate) struct Block {
     pub(crate) code: Cell<*const u8>,
     /// How often it was interpreted.
     pub(crate) runs: Cell<u32>,
-    /// The physical page that it is dropped with; `None` for one that is run by itself.
+    /// The physical page that it is dropped with; `None` for one that no way may lead to
+    /// without a look.
     pub(crate) frame: Option<u64>,
     /// The physical page in which its only instruction ends, if that is another one: it is dropped with
     /// that, too. Where the page is mapped is looked at by the ways that lead to it, so no link does.

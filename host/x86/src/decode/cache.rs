@@ -69,7 +69,10 @@ pub(crate) struct BlockCache {
     pub(crate) keys: [u64; 2],
     /// Translated code by linear address.
     #[cfg(target_arch = "x86_64")]
-    pub(crate) translated: Box<[KnownJump]>,
+    translated: Box<[KnownJump]>,
+    /// Where that is, for translated code.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) translated_at: *const KnownJump,
     /// Entries of `fetches` were replaced by others, so that jumps may lead where none does.
     evicted: [bool; 2],
     /// Code in the upper half whose translation is not global.
@@ -95,6 +98,8 @@ pub(crate) struct BlockCache {
 
 impl BlockCache {
     pub(crate) fn new() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        let translated = vec![KnownJump::NONE; JUMPS_TRANSLATED].into_boxed_slice();
         Self {
             pages: HashMap::default(),
             jumps: vec![
@@ -111,7 +116,9 @@ impl BlockCache {
             generation: [1; 2],
             keys: [0; 2],
             #[cfg(target_arch = "x86_64")]
-            translated: vec![KnownJump::NONE; JUMPS_TRANSLATED].into_boxed_slice(),
+            translated_at: translated.as_ptr(),
+            #[cfg(target_arch = "x86_64")]
+            translated,
             evicted: [false; 2],
             local_upper: false,
             size: 0,
@@ -378,8 +385,11 @@ impl Cpu {
         let Some(block) = code.blocks.get(&key) else {
             return Err(self.undefined());
         };
+        let lasts = block.frame.is_some();
         let block: *const Block = &raw const **block;
-        self.blocks.remember(linear, block);
+        if lasts {
+            self.blocks.remember(linear, block);
+        }
         // SAFETY: dropped blocks live until `collect`, between blocks.
         Ok(unsafe { &*block })
     }
@@ -411,7 +421,9 @@ impl Cpu {
         tail.copy_from_slice(&second.copy[..tail.len()]);
         let in_tail = tail.len();
         let mut block = lower::single(&bytes, offset, self.mode, self.config.baseline);
-        block.frame = Some(first.frame);
+        // From the upper half into the lower, which have contexts of their own, it is looked up each
+        // time.
+        block.frame = (linear >> 63 == self.next_page(linear) >> 63).then_some(first.frame);
         block.second = Some(rest.frame);
         block.user = user;
         let key = key(offset, user, self.mode);

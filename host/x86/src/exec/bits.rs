@@ -104,7 +104,10 @@ pub(crate) fn mi<T: Value, B: BitOperation>(cpu: &mut Cpu, op: &Op) -> Result {
 pub(crate) fn mr<T: Value, B: BitOperation>(cpu: &mut Cpu, op: &Op) -> Result {
     let index = cpu.reg::<T>(op.src & 0x1f).sign_extend() as i64;
     let beyond = (index >> T::BITS.trailing_zeros()).wrapping_mul(T::BYTES as i64);
-    let address = cpu.ea(op).wrapping_add(beyond as u64) & op.imm;
+    // What wraps is the offset in the segment.
+    let base = cpu.slot(op.seg);
+    let offset = cpu.ea(op).wrapping_sub(base).wrapping_add(beyond as u64) & op.imm;
+    let address = offset.wrapping_add(base);
     memory::<T, B>(
         cpu,
         op,

@@ -371,7 +371,8 @@ impl Cpu {
             let at = ram.host.as_ptr().wrapping_add(index as usize);
             // SAFETY: the bytes lie in the page, which `ram_page` vouches for.
             let byte = unsafe { u8::load(at) };
-            journal.push(crate::native::Replaced { at, byte });
+            let mark = ram.mark;
+            journal.push(crate::native::Replaced { at, byte, mark });
         }
     }
 

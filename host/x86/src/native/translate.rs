@@ -549,7 +549,7 @@ impl Work<'_> {
             && memory.is_some()
             && i.op1_kind() == OpKind::Register;
         if bit_string {
-            return self.bit_string(original, instruction);
+            return self.bit_string(&i, instruction);
         }
         let access = self.access(original);
 
@@ -642,7 +642,9 @@ impl Work<'_> {
     /// BT and its kin with a bit's offset in a register, which may lead out of the memory operand.
     fn bit_string(&mut self, original: &Instruction, instruction: usize) -> Able {
         let bytes = original.memory_size().size();
-        if bytes != 4 && bytes != 8 {
+        let narrow = [original.memory_base(), original.memory_index()].map(|r| r.size() == 4);
+        if bytes != 4 && bytes != 8 || narrow.contains(&true) || original.memory_displ_size() == 4 {
+            // With 32-bit addresses, what is further than the operand wraps as well.
             return Err(Unable);
         }
         let wide = usize::from(bytes == 8);
@@ -1095,7 +1097,7 @@ impl Work<'_> {
         asm.store_32(field!(budget), RCX);
         asm.back_if_ecx_zero(due);
         let unchecked = asm.here() - entry;
-        debug_assert_eq!(unchecked, CHECK, "alike in all blocks");
+        assert_eq!(unchecked, CHECK, "alike in all blocks");
         asm.load(RCX, field!(instructions));
         asm.lea(RCX, at(RCX, instructions as i32));
         asm.store(field!(instructions), RCX);
@@ -1173,7 +1175,7 @@ fn find_jump(asm: &mut Assembler) {
     // CRC32 R11, R10: changes no flag.
     asm.raw(&[0xf2, 0x4d, 0x0f, 0x38, 0xf1, 0xda]);
     asm.pdep(R11, R11, context(offset_of!(Context, jump_bits)));
-    asm.load(RCX, field!(blocks.translated));
+    asm.load(RCX, field!(blocks.translated_at));
     asm.lea(R11, at_index(R11, RCX, 0, 0));
 }
 

@@ -7,6 +7,8 @@
 //! those do to devices and clocks must not be done twice.
 
 use std::fmt::Write;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use iced_x86::{Decoder, DecoderOptions, FastFormatter, Instruction};
 
@@ -27,6 +29,8 @@ const TRIES: usize = 4;
 pub(crate) struct Replaced {
     pub(crate) at: *mut u8,
     pub(crate) byte: u8,
+    /// Where the dirty log hears of it.
+    pub(crate) mark: NonNull<AtomicU8>,
 }
 
 /// What the guest can see of a processor between two instructions.
@@ -91,6 +95,9 @@ impl Cpu {
             let interpreted = self.interpret(block);
             self.set_seen(&before);
             let (mut expected, stores) = interpreted?;
+            for mark in marks(&stores) {
+                mark.store(0, Ordering::Relaxed);
+            }
             // The second block that follows finds that something is due.
             self.budget = 2;
             let exit = self.run_translated(code);
@@ -108,13 +115,21 @@ impl Cpu {
                 expected.flags |= masked;
             }
             let memory = differing(&stores);
-            if now == expected && memory.is_none() {
+            let mut unmarked = false;
+            for mark in marks(&stores) {
+                // Whatever became of it, the page was written.
+                unmarked |= mark.swap(self.mark.get(), Ordering::AcqRel) == 0;
+            }
+            if now == expected && memory.is_none() && !unmarked {
                 self.translator.verified += 1;
                 return Some(exit);
             }
             let report = || {
                 let mut text = self.describe(block, [&before, &expected, &now]);
                 let _ = writeln!(text, "  left by {exit:?}");
+                if unmarked {
+                    let _ = writeln!(text, "  a page that was written is not marked dirty");
+                }
                 if let Some(memory) = &memory {
                     let _ = writeln!(text, "  {memory}");
                 }
@@ -267,6 +282,17 @@ impl Cpu {
         }
         text
     }
+}
+
+/// The marks of the pages that were stored to.
+fn marks(stores: &[(Replaced, u8)]) -> impl Iterator<Item = &AtomicU8> {
+    stores.iter().map(|(replaced, _)| {
+        // SAFETY: marks are `PhysicalMemory`'s, which lives as long as the processor.
+        #[expect(unsafe_code, reason = "the dirty log is reached by pointer")]
+        unsafe {
+            replaced.mark.as_ref()
+        }
+    })
 }
 
 /// The first byte that was to be stored and is something else.

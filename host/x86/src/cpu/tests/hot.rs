@@ -1,7 +1,7 @@
 //! Code that runs often: what the interpreter and translated code do to each other.
 
 use super::*;
-use crate::state::gpr;
+use crate::state::{gpr, segment};
 use iced_x86::code_asm::*;
 
 const PRESENT_WRITABLE: u64 = 3;
@@ -790,8 +790,8 @@ fn returns_go_where_the_stack_says() {
 #[test]
 fn calls_that_never_return_do_not_use_up_the_hosts_stack() {
     // A page of calls to the next instruction, again and again on the same few pages of stack.
-    let mut machine = Machine::long(&[]);
-    let mut code = vec![0xe8, 0, 0, 0, 0].repeat(700);
+    let machine = Machine::long(&[]);
+    let mut code = [0xe8, 0, 0, 0, 0].repeat(700);
     code.extend(assemble(64, CODE + code.len() as u64, |a| {
         a.add(rsp, 700 * 8).unwrap();
         a.dec(r12d).unwrap();
@@ -832,4 +832,173 @@ fn a_return_to_nowhere_fails_before_it_has_popped() {
         .find(|&at| machine.ram.get(at) & 0xff == 0xc3);
     // Error code, RIP, and RSP.
     assert_eq!((frame[0], Some(frame[1]), frame[4]), (0, ret, STACK - 8));
+}
+
+/// 64-bit code at a privilege in between.
+fn in_ring(ring: u16, code: &[u8]) -> Machine {
+    Machine::long(code).with(|state| {
+        let data = Segment {
+            selector: KERNEL_SS | ring,
+            base: 0,
+            limit: u32::MAX,
+            access: 0xc093 | ring << 5,
+            unusable: false,
+        };
+        state.segments = [data; 6];
+        state.segments[segment::CS] = Segment {
+            selector: KERNEL_CS | ring,
+            access: 0xa09b | ring << 5,
+            ..data
+        };
+    })
+}
+
+#[test]
+fn rings_1_and_2_are_not_the_supervisor() {
+    // NOP, and CLI, STI or SWAPGS.
+    for (ring, code) in [
+        (1, &[0x90, 0xfa, 0xf4][..]),
+        (1, &[0x90, 0xfb, 0x90, 0xf4]),
+        (2, &[0x90, 0x0f, 0x01, 0xf8, 0xf4]),
+    ] {
+        let frame = in_ring(ring, code).fault(13);
+        assert_eq!(frame[1], CODE + 1, "{code:x?}");
+    }
+}
+
+/// An instruction that begins at the last address and ends at the first ones, which are mapped anew
+/// between its runs; what it loaded, summed up.
+fn across_the_top(flush: impl Fn(&mut CodeAssembler)) -> u64 {
+    const PT2: u64 = 0x14000;
+    let mut machine = Machine::assembled(|a| {
+        a.mov(rbp, u64::MAX).unwrap();
+        for entry in [CODE + 0x6000, CODE + 0x4000] {
+            for _ in 0..4 {
+                a.call(rbp).unwrap();
+                a.add(rbx, rax).unwrap();
+            }
+            a.mov(rdi, PT).unwrap();
+            a.mov(rax, entry | 7).unwrap();
+            a.mov(qword_ptr(rdi), rax).unwrap();
+            flush(a);
+        }
+        a.hlt().unwrap();
+    });
+    for (table, next) in [(PML4, PDPT), (PDPT, PD), (PD, PT2)] {
+        machine.ram.set(table + 511 * 8, next | 7);
+    }
+    // Global.
+    machine.ram.set(PT2 + 511 * 8, (CODE + 0x3000) | 0x107);
+    machine.ram.set(PT, (CODE + 0x4000) | 7);
+    machine.ram.write(CODE + 0x3fff, &[0xb8]);
+    machine.ram.write(CODE + 0x4000, &[1, 1, 1, 1, 0xc3]);
+    machine.ram.write(CODE + 0x6000, &[2, 1, 1, 1, 0xc3]);
+    machine.halt().gpr[gpr::RBX]
+}
+
+#[test]
+fn an_instruction_across_the_top_of_all_addresses_follows_what_is_mapped() {
+    let expected = 8 * 0x0101_0101 + 4;
+    let sum = across_the_top(|a| a.invlpg(byte_ptr(0)).unwrap());
+    assert_eq!(sum, expected);
+    let sum = across_the_top(|a| {
+        a.mov(rax, cr3).unwrap();
+        a.mov(cr3, rax).unwrap();
+    });
+    assert_eq!(sum, expected);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn a_hint_to_elide_a_lock_is_not_the_hosts() {
+    if !module_path!().contains("translated") {
+        return;
+    }
+    // XACQUIRE LOCK BTS [RDX], EAX
+    let code = [0xf2, 0xf0, 0x0f, 0xab, 0x02, 0xf4];
+    let mut machine = Machine::long(&code).with(|state| state.gpr[gpr::RDX] = DATA);
+    machine.halt();
+    let mut is_there = |bytes: &[u8]| machine.cpu.translator.spoil(bytes, bytes);
+    assert!(!is_there(&[0xf2, 0xf0, 0x41, 0x0f, 0xab]));
+    assert!(!is_there(&[0xf0, 0xf2, 0x41, 0x0f, 0xab]));
+    assert!(is_there(&[0xf0, 0x41, 0x0f, 0xab]));
+}
+
+/// BTS [EAX], ECX with 32-bit addresses: 0xffff_fff0 and 0x810 bytes further. The words at 0x800 in the
+/// segment, and 4 GiB behind that.
+fn bit_beyond_4_gib(base: Option<u64>) -> (u64, u64) {
+    const PD3: u64 = 0x15000;
+    let mut code = assemble(64, CODE, |a| {
+        a.mov(rdi, 1u64 << 32).unwrap();
+        a.mov(qword_ptr(rdi), rax).unwrap();
+        a.mov(qword_ptr(rdi), rax).unwrap();
+        a.mov(rax, 0xffff_fff0u64).unwrap();
+        a.mov(ecx, 0x4080).unwrap();
+    });
+    if base.is_some() {
+        code.push(0x64);
+    }
+    code.extend_from_slice(&[0x67, 0x0f, 0xab, 0x08, 0xf4]);
+    let mut machine = Machine::long(&code).with(|state| {
+        state.segments[segment::FS].base = base.unwrap_or_default();
+    });
+    machine.ram.set(PDPT + 4 * 8, PD3 | 7);
+    machine.ram.set(PD3, 0x20_0000 | 0x87);
+    machine.halt();
+    (machine.ram.get(0x800), machine.ram.get(0x20_0800))
+}
+
+#[test]
+fn a_bits_offset_wraps_with_the_address_and_before_the_segment() {
+    assert_eq!(bit_beyond_4_gib(None), (1, 0));
+    assert_eq!(bit_beyond_4_gib(Some(1 << 32)), (0, 1));
+}
+
+#[test]
+fn rows_end_where_they_should_at_the_borders_of_pages() {
+    for (op, size) in [
+        (&[0xf3u8, 0xaa][..], 1u64),
+        (&[0xf3, 0xab], 4),
+        (&[0xf3, 0x48, 0xab], 8),
+    ] {
+        for count in [0u64, 1, 3, 511, 512, 513, 4095, 4096, 4097] {
+            for back in [0u64, 1, 7, 8, 9, 4095] {
+                let at = DATA + 0x3000 - back;
+                let mut code = assemble(64, CODE, |a| {
+                    for page in 0..12u64 {
+                        a.mov(rdi, DATA + page * 0x1000).unwrap();
+                        a.mov(qword_ptr(rdi), 0).unwrap();
+                    }
+                    a.mov(rdi, at).unwrap();
+                    a.mov(rcx, count).unwrap();
+                    a.mov(rax, -1i64).unwrap();
+                });
+                code.extend_from_slice(op);
+                code.push(0xf4);
+                let mut machine = Machine::long(&code);
+                let state = machine.halt();
+                assert_eq!(state.gpr[gpr::RCX], 0);
+                assert_eq!(state.gpr[gpr::RDI], at + count * size);
+                let mut expected = vec![0u8; 0x20000];
+                let from = (at - DATA) as usize;
+                expected[from..from + (count * size) as usize].fill(0xff);
+                for (n, word) in expected.chunks(8).enumerate() {
+                    let word = u64::from_le_bytes(word.try_into().unwrap());
+                    let found = machine.ram.get(DATA + n as u64 * 8);
+                    assert_eq!(found, word, "{count} {back} {n}");
+                }
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn lockstep_sees_a_page_that_is_not_marked() {
+    if module_path!().contains("translated") {
+        // MOV BYTE PTR [R11], the mark, becomes NOP DWORD PTR [RAX].
+        let mark = [0x41, 0xc6, 0x03, MARK.get()];
+        let report = spoiled(&mark, &[0x0f, 0x1f, 0x40, 0]).unwrap();
+        assert!(report.contains("not marked dirty"), "{report}");
+    }
 }
