@@ -19,6 +19,8 @@
 //! Code is linked directly within a page, whose blocks are dropped together. All else goes through
 //! a table of jumps by linear address, whose entries are valid in one context (see
 //! [`BlockCache`](crate::decode::BlockCache)).
+//! Calls and returns are the host's own as well; on the host's stack lie the calls that are open, until
+//! something leaves.
 
 mod code;
 mod emit;
