@@ -21,6 +21,7 @@ const FETCHES: usize = 256;
 /// executing all of its own. A kernel's boot decodes half a million.
 const MOST_OPERATIONS: usize = 4_000_000;
 /// Operations of dropped blocks beyond which all translated code is forgotten.
+#[cfg(target_arch = "x86_64")]
 const MOST_BURIED: usize = 500_000;
 /// What a page costs, in operations.
 const PAGE_COST: usize = 200;

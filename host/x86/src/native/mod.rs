@@ -22,11 +22,15 @@
 //! Calls and returns are the host's own as well; on the host's stack lie the calls that are open, until
 //! something leaves.
 
+mod branches;
 mod code;
 mod emit;
 #[expect(unsafe_code, reason = "registers are set by hand")]
 mod enter;
+mod operands;
+mod plain;
 mod sse;
+mod stack;
 mod step;
 mod system;
 mod translate;
@@ -313,7 +317,7 @@ impl Translator {
         let start = memory.used().next_multiple_of(16);
         let asm = &mut self.assembler;
         asm.clear();
-        let places = translate::write_returns(asm, start);
+        let places = branches::write_returns(asm, start);
         let at = memory.append(asm.bytes());
         debug_assert_eq!(at, Some(start), "where it was made for");
         self.bottom = memory.address(start + places.bottom) as u64;

@@ -351,18 +351,7 @@ impl Work<'_> {
             if bytes == 16 && !takes_any_address(original.mnemonic()) {
                 self.whole(instruction);
             }
-            i.set_segment_prefix(Register::None);
-            i.set_memory_displacement64(0);
-            i.set_memory_displ_size(0);
-            i.set_memory_index_scale(1);
-            i.set_memory_base(Register::R10);
-            if stores {
-                self.probe_write(bytes, instruction);
-                i.set_memory_index(Register::None);
-            } else {
-                self.probe_read(bytes, instruction);
-                i.set_memory_index(Register::R11);
-            }
+            self.redirect(&mut i, (bytes, stores), instruction);
         }
         for (host, guest) in vectors.iter().enumerate() {
             if let Some(guest) = guest {

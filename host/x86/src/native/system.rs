@@ -203,14 +203,8 @@ impl Work<'_> {
 
     /// As [`Work::probe`], for R13 items of `1 << scale` bytes, fewer than 4096 and at least one.
     fn probe_row(&mut self, scale: u8, write: bool, instruction: usize) {
-        self.find_entry();
-        let tag = self.entry(if write {
-            TlbEntry::WRITE
-        } else {
-            TlbEntry::READ
-        });
+        self.load_tag(write);
         let asm = self.asm();
-        asm.load(RCX, tag);
         asm.lea(RCX, at_index(RCX, R10, 0, 0));
         // The first byte is in the page ...
         asm.store(scratch_at(0), RCX);

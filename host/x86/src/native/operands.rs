@@ -1,0 +1,191 @@
+//! Where an instruction's operands are: registers of the host, and memory by the software TLB.
+
+use std::mem::offset_of;
+
+use iced_x86::{Instruction, Register};
+
+use super::Context;
+use super::emit::{Mem, R10, R11, R15, RCX, Reg, at, at_index};
+use super::translate::{Able, PLACES, Unable, Work, context, number, page, slot_mem};
+use crate::exec::op::slot;
+use crate::mmu::TlbEntry;
+
+impl Work<'_> {
+    /// Puts a guest register into a host register.
+    pub(super) fn fetch(&mut self, to: Reg, guest: u8) {
+        match PLACES[usize::from(guest)] {
+            Some(place) if place == to => {}
+            Some(place) => self.assembler.copy(to, place),
+            None => self.assembler.load(to, slot_mem(guest)),
+        }
+    }
+
+    /// The host register that has a guest register, or `otherwise` with a copy of it.
+    pub(super) fn held(&mut self, guest: u8, otherwise: Reg) -> Reg {
+        match PLACES[usize::from(guest)] {
+            Some(place) => place,
+            None => {
+                self.assembler.load(otherwise, slot_mem(guest));
+                otherwise
+            }
+        }
+    }
+
+    /// Works out the offset of the memory operand into `to`, its low 32 bits where it is to be `narrow`;
+    /// R10 and R11 may change.
+    pub(super) fn offset(&mut self, i: &Instruction, to: Reg, narrow: bool) -> Able {
+        let (base, index) = (i.memory_base(), i.memory_index());
+        let narrow = narrow
+            || match (base.size(), index.size()) {
+                (0, 0) => i.memory_displ_size() == 4,
+                (0, size) | (size, _) => size == 4,
+            };
+        let mut displacement = i.memory_displacement64() as i64;
+        let index = match index {
+            Register::None => None,
+            _ => {
+                let scale = i.memory_index_scale().trailing_zeros() as u8;
+                Some((self.held(number(index)?, R11), scale))
+            }
+        };
+        let base = match base {
+            Register::None => None,
+            Register::RIP => {
+                // Decoding started from the offset in the page.
+                self.assembler.load(R10, page());
+                Some(R10)
+            }
+            Register::EIP => return Err(Unable),
+            _ => Some(self.held(number(base)?, R10)),
+        };
+        if narrow {
+            displacement = (displacement as i32).into();
+        }
+        let displacement = i32::try_from(displacement).map_err(|_far| Unable)?;
+        let mem = match (base, index) {
+            (Some(base), Some((index, scale))) => at_index(base, index, scale, displacement),
+            (Some(base), None) => at(base, displacement),
+            (None, Some((index, scale))) => {
+                // Without a base.
+                self.assembler.lea_scaled(to, index, scale, displacement);
+                if narrow {
+                    self.assembler.lea_32(to, at(to, 0));
+                }
+                return Ok(());
+            }
+            (None, None) => {
+                self.assembler.set(to, displacement);
+                if narrow {
+                    self.assembler.lea_32(to, at(to, 0));
+                }
+                return Ok(());
+            }
+        };
+        if narrow {
+            self.assembler.lea_32(to, mem);
+        } else {
+            self.assembler.lea(to, mem);
+        }
+        Ok(())
+    }
+
+    /// Works out the linear address of the memory operand into R10; R11 may change.
+    pub(super) fn address(&mut self, i: &Instruction) -> Able {
+        self.offset(i, R10, false)?;
+        let segment = match i.segment_prefix() {
+            Register::FS => slot::SEGMENT + 4,
+            Register::GS => slot::SEGMENT + 5,
+            _ => return Ok(()),
+        };
+        self.assembler.load(R11, slot_mem(segment));
+        self.assembler.lea(R10, at_index(R10, R11, 0, 0));
+        Ok(())
+    }
+
+    /// A field of the TLB's entry that R11 tells apart.
+    pub(super) fn entry(&self, field: usize) -> Mem {
+        at_index(R15, R11, 0, self.entries + field as i32)
+    }
+
+    /// Finds the TLB's entry for the address in R10: R11 tells which ([`Work::entry`]).
+    fn find_entry(&mut self) {
+        let asm = self.asm();
+        asm.pext(R11, R10, context(offset_of!(Context, tlb_bits)));
+        // Times the size of an entry.
+        asm.rorx(R11, R11, 64 - TlbEntry::SHIFT);
+    }
+
+    /// Loads the tag of the TLB's entry for the address in R10 into RCX; R11 tells which entry it is.
+    pub(super) fn load_tag(&mut self, write: bool) {
+        let tag = if write {
+            TlbEntry::WRITE
+        } else {
+            TlbEntry::READ
+        };
+        self.find_entry();
+        let tag = self.entry(tag);
+        self.assembler.load(RCX, tag);
+    }
+
+    /// Finds the TLB's entry for the address in R10; RCX is lost. Leaves to the interpreter when it
+    /// does not serve `bytes` from there.
+    fn probe(&mut self, bytes: u32, write: bool, instruction: usize) {
+        self.load_tag(write);
+        let asm = self.asm();
+        asm.lea(RCX, at_index(RCX, R10, 0, bytes as i32 - 1));
+        asm.pext(RCX, RCX, context(offset_of!(Context, page_bits)));
+        let miss = asm.unless_rcx_zero();
+        self.step_at(miss, instruction);
+    }
+
+    /// Makes the guest's address in R10 the host's, and an instruction's memory operand what lies there:
+    /// so many bytes, which it stores or only reads.
+    pub(super) fn redirect(
+        &mut self,
+        i: &mut Instruction,
+        (bytes, stores): (u32, bool),
+        instruction: usize,
+    ) {
+        i.set_segment_prefix(Register::None);
+        i.set_memory_displacement64(0);
+        i.set_memory_displ_size(0);
+        i.set_memory_index_scale(1);
+        i.set_memory_base(Register::R10);
+        if stores {
+            self.probe_write(bytes, instruction);
+            i.set_memory_index(Register::None);
+        } else {
+            self.probe_read(bytes, instruction);
+            i.set_memory_index(Register::R11);
+        }
+    }
+
+    /// The host address of what is to be read: R10 and R11 together. RCX is free.
+    pub(super) fn probe_read(&mut self, bytes: u32, instruction: usize) -> Mem {
+        self.probe(bytes, false, instruction);
+        let addend = self.entry(TlbEntry::ADDEND);
+        self.assembler.load(R11, addend);
+        at_index(R10, R11, 0, 0)
+    }
+
+    /// The host address of what is to be written, in R10; R11 points to the mark to be set then
+    /// ([`Work::mark`]). RCX is free.
+    pub(super) fn probe_write(&mut self, bytes: u32, instruction: usize) {
+        self.probe(bytes, true, instruction);
+        self.for_a_write();
+    }
+
+    /// The entry that R11 tells apart serves a write to R10: makes both what [`Work::probe_write`] does.
+    pub(super) fn for_a_write(&mut self) {
+        let (addend, mark) = (self.entry(TlbEntry::ADDEND), self.entry(TlbEntry::MARK));
+        let asm = self.asm();
+        asm.load(RCX, addend);
+        asm.lea(R10, at_index(R10, RCX, 0, 0));
+        asm.load(R11, mark);
+    }
+
+    pub(super) fn mark(&mut self) {
+        let mark = self.mark;
+        self.assembler.store_imm_8(at(R11, 0), mark);
+    }
+}
