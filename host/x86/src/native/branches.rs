@@ -40,7 +40,7 @@ impl Work<'_> {
             instruction,
         ) {
             (Some(offset), ..) => self.stubs.push(Stub {
-                jump,
+                jump: Some(jump),
                 kind: StubKind::Link {
                     link,
                     offset,
@@ -107,13 +107,13 @@ impl Work<'_> {
     }
 
     /// Pushes the address of the next instruction.
-    fn push_return(&mut self, i: &Instruction, instruction: usize) {
+    fn push_return(&mut self, i: &Instruction, instruction: usize) -> Able {
         let next = i.next_ip() as i32;
         self.push_value(instruction, |work| {
             work.assembler.load(RCX, page());
             work.assembler.lea(RCX, at(RCX, next));
             RCX
-        });
+        })
     }
 
     /// A branch, which ends the block.
@@ -126,7 +126,7 @@ impl Work<'_> {
             Code::Call_rel32_64 => {
                 let offset = i.near_branch_target() as i64;
                 if (0..=PAGE_OFFSET as i64).contains(&offset) {
-                    self.push_return(i, instruction);
+                    self.push_return(i, instruction)?;
                     self.assembler.push_mem(page());
                     let call = self.assembler.call();
                     self.go_or_call(call, (0, true), offset, Some(instruction));
@@ -135,12 +135,12 @@ impl Work<'_> {
                     self.assembler.load(R10, page());
                     let offset = i32::try_from(offset).map_err(|_far| Unable)?;
                     self.assembler.lea(R10, at(R10, offset));
-                    self.call_in_r10(i, instruction);
+                    self.call_in_r10(i, instruction)?;
                 }
             }
             Code::Call_rm64 => {
                 self.target(i, instruction)?;
-                self.call_in_r10(i, instruction);
+                self.call_in_r10(i, instruction)?;
             }
             Code::Jmp_rm64 => {
                 self.target(i, instruction)?;
@@ -148,11 +148,14 @@ impl Work<'_> {
                 self.take_jump();
             }
             Code::Retnq => {
-                self.assembler.copy(R10, R14);
-                let from = self.probe_read(8, instruction);
+                let from = self.read_stack((R14, 0), 8, instruction)?;
                 self.assembler.load(R10, from);
-                // Where nobody knows the way, the interpreter does it, as if the look had failed.
-                let number = (self.first_leaving + 1 + self.stubs.len() - 1) as u32;
+                // Where nobody knows the way, the interpreter does it.
+                let number = (self.first_leaving + 1 + self.stubs.len()) as u32;
+                self.stubs.push(Stub {
+                    jump: None,
+                    kind: StubKind::Step(instruction),
+                });
                 let exit = context(offset_of!(Context, exit));
                 self.assembler.store_imm_32(exit, number);
                 self.assembler.ret();
@@ -179,10 +182,10 @@ impl Work<'_> {
     }
 
     /// Calls what R10 names, if that is known.
-    fn call_in_r10(&mut self, i: &Instruction, instruction: usize) {
+    fn call_in_r10(&mut self, i: &Instruction, instruction: usize) -> Able {
         self.known_jump(instruction);
         self.assembler.store(scratch(), R11);
-        self.push_return(i, instruction);
+        self.push_return(i, instruction)?;
         let asm = self.asm();
         asm.push_mem(page());
         asm.load(R11, scratch());
@@ -190,6 +193,7 @@ impl Work<'_> {
         asm.store(page(), RCX);
         asm.call_mem(at(R11, offset_of!(KnownJump, code) as i32));
         self.land_return(i);
+        Ok(())
     }
 
     /// Where the host returns to behind a call: R10 says where the guest returns to. That is the
@@ -199,6 +203,12 @@ impl Work<'_> {
         let next = i.next_ip() as i32;
         let asm = self.asm();
         asm.pop(R11);
+        if i.next_ip() > PAGE_OFFSET {
+            // Behind the lower half it is no address, which the return itself has to say.
+            let away = asm.jump();
+            asm.land_at(away, by_table);
+            return;
+        }
         asm.not(R10);
         asm.lea(RCX, at_index(R11, R10, 0, next + 1));
         let elsewhere = asm.unless_rcx_zero();
@@ -228,7 +238,7 @@ impl Work<'_> {
                 None => {
                     let unknown = self.look_up_jump();
                     let kind = |jump| Stub {
-                        jump,
+                        jump: Some(jump),
                         kind: StubKind::Away { offset },
                     };
                     self.stubs.extend(unknown.map(kind));

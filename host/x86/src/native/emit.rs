@@ -22,6 +22,16 @@ pub(super) struct Mem {
     disp: i32,
 }
 
+impl Mem {
+    /// What lies so much further.
+    pub(super) fn beyond(self, bytes: i32) -> Self {
+        Self {
+            disp: self.disp + bytes,
+            ..self
+        }
+    }
+}
+
 /// What lies `disp` from the register.
 pub(super) fn at(base: Reg, disp: i32) -> Mem {
     Mem {

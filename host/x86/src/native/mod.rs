@@ -29,6 +29,7 @@ mod emit;
 mod enter;
 mod operands;
 mod plain;
+mod sharing;
 mod sse;
 mod stack;
 mod step;
@@ -99,6 +100,9 @@ pub(crate) struct Context {
     /// Where translated code returns to that was not called by any.
     bottom: u64,
     not_direction_bit: u64,
+    /// Where the host has bytes that several operands of a block share a look for, and the mark of their
+    /// page.
+    shared: [[u64; 2]; sharing::SLOTS],
 }
 
 impl Context {
@@ -125,6 +129,7 @@ impl Context {
             sse_blocked: 0,
             arithmetic_blocked: 0,
             scratch: [0; 3],
+            shared: [[0; 2]; sharing::SLOTS],
             flags: 0,
             arithmetic_done: 0,
             exit: 0,

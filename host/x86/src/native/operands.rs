@@ -5,7 +5,8 @@ use std::mem::offset_of;
 use iced_x86::{Instruction, Register};
 
 use super::Context;
-use super::emit::{Mem, R10, R11, R15, RCX, Reg, at, at_index};
+use super::emit::{Jump, Mem, R10, R11, R14, R15, RCX, Reg, at, at_index};
+use super::sharing::Member;
 use super::translate::{Able, PLACES, Unable, Work, context, number, page, slot_mem};
 use crate::exec::op::slot;
 use crate::mmu::TlbEntry;
@@ -127,15 +128,129 @@ impl Work<'_> {
         self.assembler.load(RCX, tag);
     }
 
-    /// Finds the TLB's entry for the address in R10; RCX is lost. Leaves to the interpreter when it
-    /// does not serve `bytes` from there.
-    fn probe(&mut self, bytes: u32, write: bool, instruction: usize) {
+    /// Finds the TLB's entry for the address in R10; RCX is lost. The jump is taken when it does not
+    /// serve `bytes` from there.
+    fn look(&mut self, bytes: u32, write: bool) -> Jump {
         self.load_tag(write);
         let asm = self.asm();
         asm.lea(RCX, at_index(RCX, R10, 0, bytes as i32 - 1));
         asm.pext(RCX, RCX, context(offset_of!(Context, page_bits)));
-        let miss = asm.unless_rcx_zero();
+        asm.unless_rcx_zero()
+    }
+
+    /// As [`Work::look`]; leaves to the interpreter instead of a jump.
+    fn probe(&mut self, bytes: u32, write: bool, instruction: usize) {
+        let miss = self.look(bytes, write);
         self.step_at(miss, instruction);
+    }
+
+    /// R10 becomes the host's address of the first byte that the member's look is for; RCX and R11
+    /// change.
+    fn reach(&mut self, member: Member, instruction: usize) -> Able {
+        let Some(lead) = member.lead else {
+            self.assembler.load(R10, shared(member.slot, 0));
+            return Ok(());
+        };
+        let index = match lead.key.index {
+            Register::None => None,
+            index => Some(self.held(number(index)?, R11)),
+        };
+        let base = match lead.key.base {
+            Register::RIP => {
+                self.assembler.load(R10, page());
+                R10
+            }
+            base => self.held(number(base)?, R10),
+        };
+        let mem = match index {
+            Some(index) => at_index(base, index, lead.key.scale, lead.displacement),
+            None => at(base, lead.displacement),
+        };
+        self.assembler.lea(R10, mem);
+        let miss = self.look(lead.bytes, lead.write);
+        self.goes_wrong.push((miss, instruction));
+        if lead.write {
+            self.for_a_write();
+            self.assembler.store(shared(member.slot, 1), R11);
+        } else {
+            let addend = self.entry(TlbEntry::ADDEND);
+            self.assembler.load(R11, addend);
+            self.assembler.lea(R10, at_index(R10, R11, 0, 0));
+        }
+        self.assembler.store(shared(member.slot, 0), R10);
+        Ok(())
+    }
+
+    /// Makes an instruction's memory operand what the host has there: so many bytes, which it stores or
+    /// only reads, and which are to be a `whole` unit. R10 and R11 point there, and RCX is free.
+    pub(super) fn locate(
+        &mut self,
+        i: &mut Instruction,
+        (bytes, stores, whole): (u32, bool, bool),
+        instruction: usize,
+    ) -> Able {
+        let original = *i;
+        let Some(member) = self.member(instruction) else {
+            self.address(&original)?;
+            if whole {
+                self.whole(instruction);
+            }
+            self.redirect(i, (bytes, stores), instruction);
+            return Ok(());
+        };
+        self.reach(member, instruction)?;
+        let mut delta = member.delta;
+        if whole {
+            // Pages of both are alike in their lower bits.
+            self.assembler.lea(R10, at(R10, delta));
+            delta = 0;
+            self.whole(instruction);
+        }
+        strip(i);
+        i.set_memory_displacement64(i64::from(delta) as u64);
+        i.set_memory_displ_size(u32::from(delta != 0));
+        i.set_memory_index(Register::None);
+        Ok(())
+    }
+
+    /// Where bytes of the stack are that an instruction reads from `displacement` on: from R10, maybe
+    /// with R11.
+    pub(super) fn read_stack(
+        &mut self,
+        (base, displacement): (Reg, i32),
+        bytes: u32,
+        instruction: usize,
+    ) -> Able<Mem> {
+        match self.member(instruction) {
+            Some(member) => {
+                self.reach(member, instruction)?;
+                Ok(at(R10, member.delta))
+            }
+            None => {
+                self.assembler.lea(R10, at(base, displacement));
+                Ok(self.probe_read(bytes, instruction))
+            }
+        }
+    }
+
+    /// The same for bytes that it writes: from R10. [`Work::mark_for`] marks them.
+    pub(super) fn write_stack(
+        &mut self,
+        displacement: i32,
+        bytes: u32,
+        instruction: usize,
+    ) -> Able<Mem> {
+        match self.member(instruction) {
+            Some(member) => {
+                self.reach(member, instruction)?;
+                Ok(at(R10, member.delta))
+            }
+            None => {
+                self.assembler.lea(R10, at(R14, displacement));
+                self.probe_write(bytes, instruction);
+                Ok(at(R10, 0))
+            }
+        }
     }
 
     /// Makes the guest's address in R10 the host's, and an instruction's memory operand what lies there:
@@ -146,11 +261,7 @@ impl Work<'_> {
         (bytes, stores): (u32, bool),
         instruction: usize,
     ) {
-        i.set_segment_prefix(Register::None);
-        i.set_memory_displacement64(0);
-        i.set_memory_displ_size(0);
-        i.set_memory_index_scale(1);
-        i.set_memory_base(Register::R10);
+        strip(i);
         if stores {
             self.probe_write(bytes, instruction);
             i.set_memory_index(Register::None);
@@ -184,8 +295,33 @@ impl Work<'_> {
         asm.load(R11, mark);
     }
 
+    /// Marks what an instruction has stored to, whether it looked for that by itself or not.
+    pub(super) fn mark_for(&mut self, instruction: usize) {
+        if let Some(Member {
+            slot, lead: None, ..
+        }) = self.member(instruction)
+        {
+            self.assembler.load(R11, shared(slot, 1));
+        }
+        self.mark();
+    }
+
     pub(super) fn mark(&mut self) {
         let mark = self.mark;
         self.assembler.store_imm_8(at(R11, 0), mark);
     }
+}
+
+/// Where a look that is shared is remembered: the host's address, or the mark.
+fn shared(slot: usize, part: usize) -> Mem {
+    context(offset_of!(Context, shared) + slot * 16 + part * 8)
+}
+
+/// Takes from a memory operand all but R10.
+fn strip(i: &mut Instruction) {
+    i.set_segment_prefix(Register::None);
+    i.set_memory_displacement64(0);
+    i.set_memory_displ_size(0);
+    i.set_memory_index_scale(1);
+    i.set_memory_base(Register::R10);
 }

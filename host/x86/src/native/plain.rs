@@ -235,8 +235,7 @@ impl Work<'_> {
             if bytes == 0 {
                 return Err(Unable);
             }
-            self.address(original)?;
-            self.redirect(&mut i, (bytes, stores), instruction);
+            self.locate(&mut i, (bytes, stores, false), instruction)?;
         }
         for (guest, host) in held.into_iter().flatten() {
             self.assembler.load(host, slot_mem(guest));
@@ -246,7 +245,7 @@ impl Work<'_> {
         }
         self.encode(&i)?;
         if stores {
-            self.mark();
+            self.mark_for(instruction);
         }
         for n in 0..3 {
             if let Some((guest, host)) = held[n]

@@ -347,11 +347,8 @@ impl Work<'_> {
             if bytes == 0 || bytes > 16 {
                 return Err(Unable);
             }
-            self.address(original)?;
-            if bytes == 16 && !takes_any_address(original.mnemonic()) {
-                self.whole(instruction);
-            }
-            self.redirect(&mut i, (bytes, stores), instruction);
+            let whole = bytes == 16 && !takes_any_address(original.mnemonic());
+            self.locate(&mut i, (bytes, stores, whole), instruction)?;
         }
         for (host, guest) in vectors.iter().enumerate() {
             if let Some(guest) = guest {
@@ -367,7 +364,7 @@ impl Work<'_> {
             self.assembler.copy(R13, RCX);
         }
         if stores {
-            self.mark();
+            self.mark_for(instruction);
         }
         for n in 0..i.op_count() {
             if !writes(access[n as usize]) || i.op_kind(n) != OpKind::Register {

@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, Instruction, OpKind, Register};
 
-use super::emit::{R10, R11, R14, RCX, Reg, at, at_index};
+use super::emit::{R14, RCX, Reg, at};
 use super::translate::{Able, PLACES, Unable, Work, number, scratch, slot_mem};
 
 /// Pushes or pops in a row that share a look into the TLB, at most.
@@ -25,28 +25,32 @@ pub(super) fn row(instructions: &[Instruction]) -> &[Instruction] {
 
 impl Work<'_> {
     /// Pushes what `value` puts into a register that it is given, RCX, or has already.
-    pub(super) fn push_value(&mut self, instruction: usize, value: impl FnOnce(&mut Self) -> Reg) {
-        self.assembler.lea(R10, at(R14, -8));
-        self.probe_write(8, instruction);
+    pub(super) fn push_value(
+        &mut self,
+        instruction: usize,
+        value: impl FnOnce(&mut Self) -> Reg,
+    ) -> Able {
+        let to = self.write_stack(-8, 8, instruction)?;
         let value = value(self);
-        self.assembler.store(at(R10, 0), value);
-        self.mark();
+        self.assembler.store(to, value);
+        self.mark_for(instruction);
         self.assembler.lea(R14, at(R14, -8));
+        Ok(())
     }
 
     pub(super) fn push(&mut self, i: &Instruction, instruction: usize) -> Able {
         match i.code() {
             Code::Push_r64 => {
                 let guest = number(i.op0_register())?;
-                self.push_value(instruction, |work| work.held(guest, RCX));
+                self.push_value(instruction, |work| work.held(guest, RCX))
             }
             Code::Pushq_imm8 | Code::Pushq_imm32 => {
                 let value = i.immediate(0) as i64 as i32;
-                self.assembler.lea(R10, at(R14, -8));
-                self.probe_write(8, instruction);
-                self.assembler.store_imm_64(at(R10, 0), value);
-                self.mark();
+                let to = self.write_stack(-8, 8, instruction)?;
+                self.assembler.store_imm_64(to, value);
+                self.mark_for(instruction);
                 self.assembler.lea(R14, at(R14, -8));
+                Ok(())
             }
             Code::Push_rm64 if i.op0_kind() == OpKind::Memory => {
                 self.address(i)?;
@@ -56,11 +60,10 @@ impl Work<'_> {
                 self.push_value(instruction, |work| {
                     work.assembler.load(RCX, scratch());
                     RCX
-                });
+                })
             }
-            _ => return Err(Unable),
+            _ => Err(Unable),
         }
-        Ok(())
     }
 
     pub(super) fn pop(&mut self, i: &Instruction, instruction: usize) -> Able {
@@ -68,8 +71,7 @@ impl Work<'_> {
             return Err(Unable);
         }
         let guest = number(i.op0_register())?;
-        self.assembler.copy(R10, R14);
-        let from = self.probe_read(8, instruction);
+        let from = self.read_stack((R14, 0), 8, instruction)?;
         match PLACES[usize::from(guest)] {
             Some(R14) => {
                 self.assembler.load(R14, from);
@@ -90,8 +92,7 @@ impl Work<'_> {
             return Err(Unable);
         }
         const RBP: Reg = Reg(5);
-        self.assembler.copy(R10, RBP);
-        let from = self.probe_read(8, instruction);
+        let from = self.read_stack((RBP, 0), 8, instruction)?;
         self.assembler.lea(R14, at(RBP, 8));
         self.assembler.load(RBP, from);
         Ok(())
@@ -100,15 +101,14 @@ impl Work<'_> {
     /// Registers that are pushed in a row, the first first.
     pub(super) fn push_row(&mut self, row: &[Instruction], instruction: usize) -> Able {
         let bytes = 8 * row.len() as i32;
-        self.assembler.lea(R10, at(R14, -bytes));
-        self.probe_write(bytes as u32, instruction);
+        let to = self.write_stack(-bytes, bytes as u32, instruction)?;
         for (n, i) in row.iter().enumerate() {
             let guest = number(i.op0_register())?;
             let value = self.held(guest, RCX);
-            self.assembler
-                .store(at(R10, bytes - 8 * (n as i32 + 1)), value);
+            let place = to.beyond(bytes - 8 * (n as i32 + 1));
+            self.assembler.store(place, value);
         }
-        self.mark();
+        self.mark_for(instruction);
         self.assembler.lea(R14, at(R14, -bytes));
         Ok(())
     }
@@ -116,11 +116,10 @@ impl Work<'_> {
     /// Registers that are popped in a row.
     pub(super) fn pop_row(&mut self, row: &[Instruction], instruction: usize) -> Able {
         let bytes = 8 * row.len() as i32;
-        self.assembler.copy(R10, R14);
-        self.probe_read(bytes as u32, instruction);
+        let first = self.read_stack((R14, 0), bytes as u32, instruction)?;
         for (n, i) in row.iter().enumerate() {
             let guest = number(i.op0_register())?;
-            let from = at_index(R10, R11, 0, 8 * n as i32);
+            let from = first.beyond(8 * n as i32);
             match PLACES[usize::from(guest)] {
                 Some(place) => self.assembler.load(place, from),
                 None => {

@@ -115,8 +115,7 @@ impl Work<'_> {
                 self.push_value(instruction, |work| {
                     work.asm().load(RCX, scratch_at(0));
                     RCX
-                });
-                Ok(())
+                })
             }
             Code::Cmpxchg16b_m128 => {
                 self.address(i)?;

@@ -10,6 +10,7 @@ use super::branches::Far;
 use super::emit::{Assembler, Jump, Mem, R13, R14, R15, RCX, Reg, at};
 use super::enter::{BIAS, CONTEXT};
 use super::plain::is_plain;
+use super::sharing::{self, Member};
 use super::stack::row;
 use super::{Context, Kind, Leaving, Translator, WAY_OUT, slot_at};
 use crate::cpu::Cpu;
@@ -49,7 +50,8 @@ pub(super) type Able<T = ()> = Result<T, Unable>;
 
 /// Where translated code leaves, when its place is known.
 pub(super) struct Stub {
-    pub(super) jump: Jump,
+    /// `None`: other code names the place and leaves by itself.
+    pub(super) jump: Option<Jump>,
     pub(super) kind: StubKind,
 }
 
@@ -93,6 +95,10 @@ pub(super) struct Work<'a> {
     /// Whether SSE instructions run was looked at before.
     pub(super) sse_checked: bool,
     places: Vec<Place>,
+    /// Instructions whose operands share looks into the TLB, in the copy of the block that has these.
+    sharing: Vec<Option<Member>>,
+    /// Where that copy goes on in the other, with the instruction of this number.
+    pub(super) goes_wrong: Vec<(Jump, usize)>,
     pub(super) stubs: Vec<Stub>,
     pub(super) far: Vec<Far>,
 }
@@ -191,13 +197,18 @@ impl Work<'_> {
         self.step_at(jump, instruction);
     }
 
+    /// How an instruction shares its look into the TLB.
+    pub(super) fn member(&self, instruction: usize) -> Option<Member> {
+        self.sharing.get(instruction).copied().flatten()
+    }
+
     pub(super) fn is_user(&self) -> bool {
         self.block.user
     }
 
     pub(super) fn step_at(&mut self, jump: Jump, instruction: usize) {
         self.stubs.push(Stub {
-            jump,
+            jump: Some(jump),
             kind: StubKind::Step(instruction),
         });
     }
@@ -262,6 +273,118 @@ impl Work<'_> {
     }
 }
 
+impl Work<'_> {
+    /// Code for an instruction or a row; how many instructions it is for.
+    fn row(&mut self, instructions: &[Instruction], number: usize) -> Able<usize> {
+        let row = row(&instructions[number..]);
+        match row {
+            [one] => self.instruction(one, number)?,
+            [first, ..] if first.mnemonic() == M::Push => self.push_row(row, number)?,
+            _ => self.pop_row(row, number)?,
+        }
+        Ok(row.len())
+    }
+
+    /// The copy of the block whose operands share looks into the TLB. It ends where the interpreter
+    /// has to do something, and goes on in the other.
+    fn copy_that_shares(&mut self, instructions: &[Instruction]) {
+        let mut number = 0;
+        while number < instructions.len() {
+            let before = self.state();
+            match self.row(instructions, number) {
+                Ok(taken) => number += taken,
+                Err(Unable) => {
+                    self.back_to(before);
+                    let on = self.assembler.jump();
+                    self.goes_wrong.push((on, number));
+                    break;
+                }
+            }
+        }
+        if number == instructions.len() {
+            self.falls_through(instructions);
+        }
+        self.sharing.clear();
+        self.sse_checked = false;
+    }
+
+    /// The copy in which each operand looks by itself: the only one where none share. `None`: there is
+    /// nothing that can be done for an instruction.
+    fn copy_that_does_not(&mut self, instructions: &[Instruction]) -> Option<()> {
+        let mut number = 0;
+        let mut wrong = std::mem::take(&mut self.goes_wrong);
+        while let Some(i) = instructions.get(number) {
+            for (jump, _) in wrong.extract_if(.., |&mut (_, at)| at == number) {
+                self.assembler.land(jump);
+            }
+            let before = self.state();
+            let mut taken = 1;
+            match self.row(instructions, number) {
+                Ok(row) => taken = row,
+                Err(Unable) => {
+                    self.back_to(before);
+                    if self.places[number].count == 0 {
+                        // There is nothing that the interpreter could do for it.
+                        return None;
+                    }
+                    self.leave_to_interpreter(number);
+                }
+            }
+            self.places[number].count = self.places[number..number + taken]
+                .iter()
+                .map(|place| place.count)
+                .sum();
+            self.places[number].resume = self.assembler.here();
+            number += taken;
+            if i.is_invalid() || self.assembler.here() > MOST {
+                return None;
+            }
+        }
+        debug_assert!(wrong.is_empty(), "each instruction was reached");
+        self.falls_through(instructions);
+        Some(())
+    }
+
+    /// On behind the block's last instruction, where that does not branch.
+    fn falls_through(&mut self, instructions: &[Instruction]) {
+        let falls = |i: &Instruction| i.flow_control() == FlowControl::Next;
+        if self.block.goes_on() || instructions.last().is_some_and(falls) {
+            // Some of the latter do not get here: the interpreter ends the block with them.
+            let offset = i64::from(self.block.start) + i64::from(self.block.bytes);
+            let on = self.assembler.jump();
+            self.go(on, 1, offset, None);
+        }
+    }
+
+    fn state(&self) -> State {
+        State {
+            code: self.assembler.here(),
+            stubs: self.stubs.len(),
+            far: self.far.len(),
+            goes_wrong: self.goes_wrong.len(),
+            sse_checked: self.sse_checked,
+        }
+    }
+
+    /// Takes back what was made since.
+    fn back_to(&mut self, state: State) {
+        self.assembler.cut(state.code);
+        self.stubs.truncate(state.stubs);
+        self.far.truncate(state.far);
+        self.goes_wrong.truncate(state.goes_wrong);
+        self.sse_checked = state.sse_checked;
+    }
+}
+
+/// What an instruction that could not be translated has to leave as it was.
+struct State {
+    code: usize,
+    stubs: usize,
+    far: usize,
+    goes_wrong: usize,
+    sse_checked: bool,
+}
+
 /// Is it done here, and not by the interpreter in any case?
 pub(crate) fn is_known(i: &Instruction) -> bool {
     matches!(
@@ -308,6 +431,8 @@ impl Translator {
             upper,
             sse_checked: false,
             places: Vec::new(),
+            sharing: Vec::new(),
+            goes_wrong: Vec::new(),
             stubs: Vec::new(),
             far: Vec::new(),
         };
@@ -332,65 +457,27 @@ impl Translator {
                 resume: 0,
             });
         }
-        let mut number = 0;
-        while let Some(i) = instructions.get(number) {
-            let row = row(&instructions[number..]);
-            let before = (
-                work.assembler.here(),
-                work.stubs.len(),
-                work.far.len(),
-                work.sse_checked,
-            );
-            let done = match row {
-                [one] => work.instruction(one, number),
-                [first, ..] if first.mnemonic() == M::Push => work.push_row(row, number),
-                _ => work.pop_row(row, number),
-            };
-            let mut taken = row.len();
-            if done.is_err() {
-                let (code, stubs, far, sse_checked) = before;
-                work.assembler.cut(code);
-                work.stubs.truncate(stubs);
-                work.far.truncate(far);
-                work.sse_checked = sse_checked;
-                taken = 1;
-                if work.places[number].count == 0 {
-                    // There is nothing that the interpreter could do for it.
-                    return None;
-                }
-                work.leave_to_interpreter(number);
-            }
-            work.places[number].count = work.places[number..number + taken]
-                .iter()
-                .map(|place| place.count)
-                .sum();
-            work.places[number].resume = work.assembler.here();
-            number += taken;
-            if i.is_invalid() || work.assembler.here() > MOST {
-                return None;
-            }
+        work.sharing = sharing::find(&instructions, &mut work.information);
+        if !work.sharing.is_empty() {
+            work.copy_that_shares(&instructions);
         }
-        let falls = |i: &Instruction| i.flow_control() == FlowControl::Next;
-        if block.goes_on() || instructions.last().is_some_and(falls) {
-            // Some of the latter do not get here: the interpreter ends the block with them.
-            let offset = i64::from(block.start) + i64::from(block.bytes);
-            let on = work.assembler.jump();
-            work.go(on, 1, offset, None);
-        }
+        work.copy_that_does_not(&instructions)?;
         work.far_ways();
         let Work { places, stubs, .. } = work;
         let way_out = WAY_OUT as isize - start as isize;
         let exit = context(offset_of!(Context, exit));
         let asm = &mut self.assembler;
         let leavings = &mut self.leavings;
-        let mut leave = |jump: Jump, kind: Kind| {
-            asm.land(jump);
-            asm.store_imm_32(exit, leavings.len() as u32);
-            let out = asm.jump();
-            asm.land_at(out, way_out);
+        let mut leave = |jump: Option<Jump>, kind: Kind| {
+            if let Some(jump) = jump {
+                asm.land(jump);
+                asm.store_imm_32(exit, leavings.len() as u32);
+                let out = asm.jump();
+                asm.land_at(out, way_out);
+            }
             leavings.push(Leaving { block, kind });
         };
-        leave(look, Kind::Look);
+        leave(Some(look), Kind::Look);
         for Stub { jump, kind } in stubs {
             let kind = match kind {
                 StubKind::Link {
@@ -401,7 +488,7 @@ impl Translator {
                     link,
                     offset,
                     calls,
-                    place: (start + jump.place()) as u32,
+                    place: (start + jump.map_or(0, Jump::place)) as u32,
                 },
                 StubKind::Away { offset } => Kind::Away { offset },
                 StubKind::Step(number) => {

@@ -4,12 +4,6 @@ use super::*;
 use crate::state::{gpr, segment};
 use iced_x86::code_asm::*;
 
-const PRESENT_WRITABLE: u64 = 3;
-
-fn unmap(machine: &Machine, address: u64) {
-    machine.ram.set(PT + (address >> 12) * 8, 0);
-}
-
 #[test]
 fn loops_and_calls_across_pages_come_to_the_same_sum() {
     let far = CODE + 0x3000;
@@ -74,7 +68,7 @@ fn a_push_in_a_row_that_faults_finds_those_before_it_done() {
         state.gpr[gpr::RSP] = 0x9_0010;
     })
     .on_another_stack(14);
-    unmap(&machine, 0x8_f000);
+    machine.map(0x8_f000, 0);
     let frame = machine.fault(14);
     // Error code (write, not present), RIP of the third push, and RSP as it found it.
     assert_eq!((frame[0], frame[1], frame[4]), (2, CODE + 2, 0x9_0000));
@@ -95,7 +89,7 @@ fn flags_that_somebody_reads_are_there_at_a_fault() {
         a.hlt().unwrap();
     })
     .on_another_stack(14);
-    unmap(&machine, 0x9_0000);
+    machine.map(0x9_0000, 0);
     let frame = machine.fault(14);
     // CF, PF, AF and SF.
     assert_eq!(frame[3] & 0x8d5, 0x95);
@@ -220,129 +214,6 @@ fn a_loop_without_end_hears_a_kick() {
     assert!(machine.cpu.instructions() > 2000);
 }
 
-/// Jumps to addresses that are not canonical, made so that address and context together are those of
-/// a jump that is known.
-fn jump_nowhere(before: impl FnOnce(&mut CodeAssembler), target: u64) -> Machine {
-    let machine = Machine::assembled(|a| {
-        for _ in 0..2 {
-            a.mov(rax, DATA).unwrap();
-            a.call(rax).unwrap();
-        }
-        before(a);
-        // The stack may be written again, so that the call is tried by translated code.
-        a.push(rax).unwrap();
-        a.pop(rax).unwrap();
-        a.mov(rax, target).unwrap();
-        a.call(rax).unwrap();
-        a.mov(esi, 0x77).unwrap();
-        a.hlt().unwrap();
-    });
-    machine.ram.write(
-        DATA,
-        &assemble(64, DATA, |a| {
-            a.mov(eax, 3).unwrap();
-            a.cpuid().unwrap();
-            a.ret().unwrap();
-        }),
-    );
-    machine
-}
-
-#[test]
-fn a_jump_to_nowhere_finds_no_code_of_a_generation_before() {
-    let change = |a: &mut CodeAssembler| a.mov(byte_ptr(DATA + 1), 9).unwrap();
-    let mut machine = jump_nowhere(change, DATA.wrapping_sub(1 << 50));
-    let _frame = machine.fault(13);
-}
-
-#[test]
-fn a_jump_to_nowhere_finds_no_code_that_was_freed() {
-    let change_and_spin = |a: &mut CodeAssembler| {
-        let mut spin = a.create_label();
-        a.mov(byte_ptr(DATA + 1), 9).unwrap();
-        a.mov(ecx, 2000).unwrap();
-        a.set_label(&mut spin).unwrap();
-        a.dec(ecx).unwrap();
-        a.jnz(spin).unwrap();
-    };
-    let mut machine = jump_nowhere(change_and_spin, DATA.wrapping_sub(1 << 50));
-    let _frame = machine.fault(13);
-}
-
-#[test]
-fn a_jump_to_nowhere_is_none_to_an_empty_entry() {
-    // `with` flushes: the contexts are those of the code that runs.
-    let mut machine = Machine::assembled(|a| a.jmp(rax).unwrap()).with(|_| {});
-    let key = machine.cpu.blocks.keys[0];
-    machine.cpu.regs[gpr::RAX] = key.wrapping_add(1).wrapping_neg();
-    let _frame = machine.fault(13);
-}
-
-#[test]
-fn user_code_does_not_reach_the_supervisors_by_a_jump_to_nowhere() {
-    let user = CODE + 0x1000;
-    let mut machine = Machine::assembled(|a| {
-        for _ in 0..2 {
-            a.mov(rax, DATA).unwrap();
-            a.call(rax).unwrap();
-        }
-        for value in [USER_SS.into(), 0x9_0000, 2, USER_CS.into(), user as i32] {
-            a.push(value).unwrap();
-        }
-        a.iretq().unwrap();
-    });
-    let call = |a: &mut CodeAssembler| {
-        for _ in 0..2 {
-            a.push(rax).unwrap();
-            a.pop(rax).unwrap();
-        }
-        a.mov(rax, DATA.wrapping_sub(1 << 49)).unwrap();
-        a.call(rax).unwrap();
-        a.hlt().unwrap();
-    };
-    machine.ram.write(user, &assemble(64, user, call));
-    machine
-        .ram
-        .set(PT + (DATA >> 12) * 8, DATA | PRESENT_WRITABLE);
-    let count = |a: &mut CodeAssembler| {
-        a.inc(r8d).unwrap();
-        a.ret().unwrap();
-    };
-    machine.ram.write(DATA, &assemble(64, DATA, count));
-    assert_eq!(machine.halt().gpr[8], 2);
-}
-
-#[test]
-fn a_jump_may_be_further_from_its_page_than_from_itself() {
-    const ALL: u64 = 7;
-    let (source, goal) = (0x8010_0f00u64, 0x1_0010_0800u64);
-    let distance = goal - (source + 5);
-    assert!(distance <= 0x7fff_ffff && 0xf05 + distance > 0x7fff_ffff);
-    let mut machine = Machine::assembled(|a| {
-        a.mov(rbx, source).unwrap();
-        a.mov(rbp, CODE + 0x800).unwrap();
-        for (target, times) in [(rbp, 3), (rbx, 5)] {
-            for _ in 0..times {
-                a.call(target).unwrap();
-            }
-        }
-        a.hlt().unwrap();
-    });
-    for (gigabyte, tables, page) in [(2, 0x30_0000, 0x2000), (4, 0x30_2000, 0x3000)] {
-        machine.ram.set(PDPT + gigabyte * 8, tables | ALL);
-        machine.ram.set(tables, (tables + 0x1000) | ALL);
-        machine.ram.set(tables + 0x1800, (CODE + page) | ALL);
-    }
-    let mut jump = vec![0xe9];
-    jump.extend_from_slice(&(distance as u32).to_le_bytes());
-    machine.ram.write(CODE + 0x2f00, &jump);
-    // INC R8; RET where it goes, INC R9; RET four gigabytes before that.
-    machine.ram.write(CODE + 0x3800, &[0x49, 0xff, 0xc0, 0xc3]);
-    machine.ram.write(CODE + 0x800, &[0x49, 0xff, 0xc1, 0xc3]);
-    let state = machine.halt();
-    assert_eq!((state.gpr[8], state.gpr[9]), (5, 3));
-}
-
 #[test]
 fn instructions_are_counted_once_when_a_device_ends_the_budget() {
     // The local APIC's registers where the tables reach.
@@ -421,58 +292,6 @@ fn code_that_was_dropped_while_it_ran_is_not_found_again() {
     assert_eq!((state.gpr[8], state.gpr[9]), (4, 1));
 }
 
-/// Runs a loop in lockstep, spoils its translation, and says what is found then.
-#[cfg(target_arch = "x86_64")]
-fn spoiled(old: &[u8], new: &[u8]) -> Option<String> {
-    let mut machine = Machine::assembled(|a| {
-        let (mut start, mut again) = (a.create_label(), a.create_label());
-        a.mov(rbx, DATA).unwrap();
-        a.set_label(&mut start).unwrap();
-        a.mov(ecx, 30).unwrap();
-        a.xor(eax, eax).unwrap();
-        a.set_label(&mut again).unwrap();
-        a.add(eax, 0x33).unwrap();
-        a.mov(qword_ptr(rbx), rax).unwrap();
-        a.dec(ecx).unwrap();
-        a.jnz(again).unwrap();
-        a.out(0x80, al).unwrap();
-        a.jmp(start).unwrap();
-    });
-    machine.cpu.translator.verifies = true;
-    let stop = machine.cpu.run();
-    assert!(matches!(stop, Stop::PortWrite { .. }), "{stop:?}");
-    assert_eq!(machine.cpu.difference(), None);
-    assert!(machine.cpu.verified() >= 30, "{}", machine.cpu.verified());
-    let mut count = 0;
-    while machine.cpu.translator.spoil(old, new) {
-        count += 1;
-    }
-    assert!(count > 0, "there is such code");
-    machine.cpu.complete_write();
-    (machine.cpu.run() == Stop::Differs).then(|| machine.cpu.difference().unwrap().to_owned())
-}
-
-#[cfg(target_arch = "x86_64")]
-#[test]
-fn lockstep_stops_where_translated_code_is_wrong() {
-    if module_path!().contains("translated") {
-        // ADD EAX, 0x33 becomes ADD EAX, 0x34.
-        let report = spoiled(&[0x05, 0x33, 0, 0, 0], &[0x05, 0x34, 0, 0, 0]).unwrap();
-        assert!(report.contains("0x66               0x67  <--"), "{report}");
-        assert!(report.contains("instead of 0x66"), "{report}");
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[test]
-fn lockstep_sees_stores_of_translated_code() {
-    if module_path!().contains("translated") {
-        // MOV [R10], RAX becomes MOV [R10], RDX.
-        let report = spoiled(&[0x49, 0x89, 0x02], &[0x49, 0x89, 0x12]).unwrap();
-        assert!(report.contains("a byte of RAM became"), "{report}");
-    }
-}
-
 /// Instructions with a memory operand at RDI that are translated: bytes, and bytes of the operand.
 #[cfg(target_arch = "x86_64")]
 fn with_memory() -> Vec<(Vec<u8>, usize)> {
@@ -535,127 +354,6 @@ fn nothing_behind_ram_is_touched() {
     }
 }
 
-#[test]
-fn instructions_of_the_kernel_do_the_same_each_time() {
-    let mut machine = Machine::assembled(|a| {
-        let mut again = a.create_label();
-        a.mov(r12, DATA).unwrap();
-        a.mov(r10d, 5).unwrap();
-        a.set_label(&mut again).unwrap();
-        a.sti().unwrap();
-        a.nop().unwrap();
-        a.cmp(r10d, 3).unwrap();
-        a.pushfq().unwrap();
-        a.cli().unwrap();
-        a.pushfq().unwrap();
-        a.pop(r9).unwrap();
-        a.pop(r8).unwrap();
-        // What was pushed in each round, 16 bytes apart.
-        a.mov(r11d, r10d).unwrap();
-        a.shl(r11d, 4).unwrap();
-        a.mov(qword_ptr(r12 + r11), r8).unwrap();
-        a.mov(qword_ptr(r12 + r11 + 8), r9).unwrap();
-        // Bits beyond the operand, before it too.
-        a.mov(r11d, 64 * 16 + 5).unwrap();
-        a.bts(qword_ptr(r12 + 0x100), r11).unwrap();
-        a.setc(al).unwrap();
-        a.movzx(eax, al).unwrap();
-        a.add(r13d, eax).unwrap();
-        a.mov(r14, -3i64).unwrap();
-        a.btc(dword_ptr(r12 + 0x110), r14d).unwrap();
-        a.bt(qword_ptr(r12 + 0x110), r14).unwrap();
-        a.adc(r13d, 0).unwrap();
-        // Compares equal, and then not.
-        a.mov(eax, 1).unwrap();
-        a.xor(edx, edx).unwrap();
-        a.mov(ebx, 7).unwrap();
-        a.mov(rcx, r10).unwrap();
-        a.mov(qword_ptr(r12 + 0x200), 1).unwrap();
-        a.lock().cmpxchg16b(xmmword_ptr(r12 + 0x200)).unwrap();
-        a.cmpxchg16b(xmmword_ptr(r12 + 0x200)).unwrap();
-        a.mov(r15, rdx).unwrap();
-        a.mov(qword_ptr(r12 + 0x208), 0).unwrap();
-        a.dec(r10d).unwrap();
-        a.jnz(again).unwrap();
-        a.hlt().unwrap();
-    });
-    let state = machine.halt();
-    for (round, flags) in [(1, 0x83), (2, 0x83), (3, 0x42), (4, 2), (5, 2)] {
-        let pushed = [0, 8].map(|at| machine.ram.get(DATA + round * 16 + at));
-        assert_eq!(pushed[1], pushed[0] & !0x200, "round {round}");
-        assert_eq!(pushed[0] & 0x200, 0x200, "round {round}");
-        assert_eq!(pushed[0] & 0xc3, flags, "round {round}: {pushed:x?}");
-    }
-    assert_eq!(machine.ram.get(DATA + 0x180), 1 << 5);
-    assert_eq!(machine.ram.get(DATA + 0x108), 1 << 61);
-    // Four rounds found the first bit set; of the other, five rounds left every second one set.
-    assert_eq!(state.gpr[13], 4 + 3);
-    // The second comparison found what the first had stored.
-    assert_eq!(state.gpr[15], 1);
-    assert_eq!(machine.ram.get(DATA + 0x200), 7);
-}
-
-#[test]
-fn rows_of_memory_are_filled_and_copied() {
-    // Within a page again and again, then across one, backward, and none at all.
-    let mut machine = Machine::assembled(|a| {
-        let mut again = a.create_label();
-        a.mov(r12d, 4).unwrap();
-        a.set_label(&mut again).unwrap();
-        a.mov(rdi, DATA + 0x10).unwrap();
-        a.mov(rax, 0x0101_0101_0101_0101u64).unwrap();
-        a.mov(ecx, 5).unwrap();
-        a.rep().stosq().unwrap();
-        a.mov(r8, rdi).unwrap();
-        a.mov(rsi, DATA + 0x0f).unwrap();
-        a.mov(rdi, DATA + 0x101).unwrap();
-        a.mov(ecx, 7).unwrap();
-        a.rep().movsb().unwrap();
-        a.mov(r9, rsi).unwrap();
-        a.mov(rdi, DATA + 0xffe).unwrap();
-        a.mov(ecx, 3).unwrap();
-        a.rep().stosb().unwrap();
-        a.xor(ecx, ecx).unwrap();
-        a.rep().stosb().unwrap();
-        a.std().unwrap();
-        a.mov(rdi, DATA + 0x208).unwrap();
-        a.mov(ecx, 2).unwrap();
-        a.rep().stosd().unwrap();
-        a.cld().unwrap();
-        // Onto itself, so that each byte is the one before.
-        a.mov(byte_ptr(DATA + 0x300), 9).unwrap();
-        a.mov(rsi, DATA + 0x300).unwrap();
-        a.mov(rdi, DATA + 0x301).unwrap();
-        a.mov(ecx, 15).unwrap();
-        a.rep().movsb().unwrap();
-        a.dec(r12d).unwrap();
-        a.jnz(again).unwrap();
-        a.hlt().unwrap();
-    });
-    let state = machine.halt();
-    let ram = |at| machine.ram.get(DATA + at);
-    let ones = 0x0101_0101_0101_0101;
-    assert_eq!(
-        [ram(8), ram(0x10), ram(0x30), ram(0x38)],
-        [0, ones, ones, 0]
-    );
-    assert_eq!([ram(0x100), ram(0x108)], [0x0101_0101_0101_0000, 0]);
-    assert_eq!([ram(0xff8), ram(0x1000)], [0x0101 << 48, 1]);
-    assert_eq!(
-        [ram(0x200), ram(0x208)],
-        [ones & !0xffff_ffff, ones & 0xffff_ffff]
-    );
-    assert_eq!(
-        [ram(0x300), ram(0x308), ram(0x310)],
-        [0x0909_0909_0909_0909; 2]
-            .iter()
-            .copied()
-            .chain([0])
-            .collect::<Vec<_>>()[..]
-    );
-    assert_eq!((state.gpr[8], state.gpr[9]), (DATA + 0x38, DATA + 0x16));
-}
-
 /// A subroutine at the end of the page at CODE + 0x3000: MOV EAX, 0x01010101, of which only the first
 /// byte lies in that page, and RET.
 fn across() -> (u64, Vec<u8>) {
@@ -707,142 +405,6 @@ fn an_instruction_in_two_pages_changes_with_what_is_mapped_behind_the_first() {
     assert_eq!((frame[0] & 1, frame[1]), (0, routine));
     assert_eq!(machine.cpu.state().cr2, CODE + 0x4000);
     assert_eq!(machine.cpu.state().gpr[gpr::RBX], 16 * 0x0101_0101 + 4);
-}
-
-#[test]
-fn returns_go_where_the_stack_says() {
-    let mut machine = Machine::assembled(|a| {
-        let (mut again, mut routine, mut twice, mut deep, mut end) = (
-            a.create_label(),
-            a.create_label(),
-            a.create_label(),
-            a.create_label(),
-            a.create_label(),
-        );
-        a.mov(r12d, 50).unwrap();
-        a.set_label(&mut again).unwrap();
-        a.call(routine).unwrap();
-        a.inc(r8).unwrap();
-        // Returns over its caller's head.
-        a.call(twice).unwrap();
-        // A call that is none, and a return that is a jump.
-        let mut here = a.create_label();
-        a.call(here).unwrap();
-        a.set_label(&mut here).unwrap();
-        a.pop(rax).unwrap();
-        a.lea(rdx, ptr(end)).unwrap();
-        a.push(rdx).unwrap();
-        a.ret().unwrap();
-        a.ud2().unwrap();
-        a.set_label(&mut end).unwrap();
-        a.mov(ecx, 300).unwrap();
-        a.call(deep).unwrap();
-        a.dec(r12d).unwrap();
-        a.jnz(again).unwrap();
-        a.hlt().unwrap();
-        a.set_label(&mut routine).unwrap();
-        a.inc(r9).unwrap();
-        a.ret().unwrap();
-        a.set_label(&mut twice).unwrap();
-        let mut inner = a.create_label();
-        a.call(inner).unwrap();
-        a.ud2().unwrap();
-        a.set_label(&mut inner).unwrap();
-        a.pop(rax).unwrap();
-        a.inc(r10).unwrap();
-        a.ret().unwrap();
-        a.set_label(&mut deep).unwrap();
-        let mut bottom = a.create_label();
-        a.dec(ecx).unwrap();
-        a.jz(bottom).unwrap();
-        a.call(deep).unwrap();
-        a.inc(r11).unwrap();
-        a.set_label(&mut bottom).unwrap();
-        a.ret().unwrap();
-    });
-    let state = machine.halt();
-    let counts = [8, 9, 10, 11].map(|register| state.gpr[register]);
-    assert_eq!(counts, [50, 50, 50, 50 * 299]);
-    assert_eq!(state.gpr[gpr::RSP], STACK);
-}
-
-#[test]
-fn calls_that_never_return_do_not_use_up_the_hosts_stack() {
-    // A page of calls to the next instruction, again and again on the same few pages of stack.
-    let machine = Machine::long(&[]);
-    let mut code = [0xe8, 0, 0, 0, 0].repeat(700);
-    code.extend(assemble(64, CODE + code.len() as u64, |a| {
-        a.add(rsp, 700 * 8).unwrap();
-        a.dec(r12d).unwrap();
-        let mut end = a.create_label();
-        a.jz(end).unwrap();
-        a.jmp(CODE).unwrap();
-        a.set_label(&mut end).unwrap();
-        a.hlt().unwrap();
-    }));
-    machine.ram.write(CODE, &code);
-    let mut machine = machine.with(|state| state.gpr[12] = 3000);
-    // On a small stack: what 512 blocks of 700 calls each would take is not there.
-    let thread = std::thread::Builder::new().stack_size(1 << 20);
-    let ended = thread.spawn(move || machine.halt().gpr[gpr::RSP]).unwrap();
-    assert_eq!(ended.join().unwrap(), STACK);
-}
-
-#[test]
-fn a_return_to_nowhere_fails_before_it_has_popped() {
-    let mut machine = Machine::assembled(|a| {
-        let (mut again, mut routine) = (a.create_label(), a.create_label());
-        a.mov(r12d, 5).unwrap();
-        a.set_label(&mut again).unwrap();
-        a.call(routine).unwrap();
-        a.dec(r12d).unwrap();
-        a.jnz(again).unwrap();
-        a.mov(rax, 1u64 << 62).unwrap();
-        a.push(rax).unwrap();
-        a.jmp(routine).unwrap();
-        a.set_label(&mut routine).unwrap();
-        a.ret().unwrap();
-    });
-    let code = machine.ram.get(CODE);
-    assert_ne!(code, 0);
-    let frame = machine.fault(13);
-    let ret = (CODE..CODE + 0x40)
-        .rev()
-        .find(|&at| machine.ram.get(at) & 0xff == 0xc3);
-    // Error code, RIP, and RSP.
-    assert_eq!((frame[0], Some(frame[1]), frame[4]), (0, ret, STACK - 8));
-}
-
-/// 64-bit code at a privilege in between.
-fn in_ring(ring: u16, code: &[u8]) -> Machine {
-    Machine::long(code).with(|state| {
-        let data = Segment {
-            selector: KERNEL_SS | ring,
-            base: 0,
-            limit: u32::MAX,
-            access: 0xc093 | ring << 5,
-            unusable: false,
-        };
-        state.segments = [data; 6];
-        state.segments[segment::CS] = Segment {
-            selector: KERNEL_CS | ring,
-            access: 0xa09b | ring << 5,
-            ..data
-        };
-    })
-}
-
-#[test]
-fn rings_1_and_2_are_not_the_supervisor() {
-    // NOP, and CLI, STI or SWAPGS.
-    for (ring, code) in [
-        (1, &[0x90, 0xfa, 0xf4][..]),
-        (1, &[0x90, 0xfb, 0x90, 0xf4]),
-        (2, &[0x90, 0x0f, 0x01, 0xf8, 0xf4]),
-    ] {
-        let frame = in_ring(ring, code).fault(13);
-        assert_eq!(frame[1], CODE + 1, "{code:x?}");
-    }
 }
 
 /// An instruction that begins at the last address and ends at the first ones, which are mapped anew
@@ -931,53 +493,4 @@ fn bit_beyond_4_gib(base: Option<u64>) -> (u64, u64) {
 fn a_bits_offset_wraps_with_the_address_and_before_the_segment() {
     assert_eq!(bit_beyond_4_gib(None), (1, 0));
     assert_eq!(bit_beyond_4_gib(Some(1 << 32)), (0, 1));
-}
-
-#[test]
-fn rows_end_where_they_should_at_the_borders_of_pages() {
-    for (op, size) in [
-        (&[0xf3u8, 0xaa][..], 1u64),
-        (&[0xf3, 0xab], 4),
-        (&[0xf3, 0x48, 0xab], 8),
-    ] {
-        for count in [0u64, 1, 3, 511, 512, 513, 4095, 4096, 4097] {
-            for back in [0u64, 1, 7, 8, 9, 4095] {
-                let at = DATA + 0x3000 - back;
-                let mut code = assemble(64, CODE, |a| {
-                    for page in 0..12u64 {
-                        a.mov(rdi, DATA + page * 0x1000).unwrap();
-                        a.mov(qword_ptr(rdi), 0).unwrap();
-                    }
-                    a.mov(rdi, at).unwrap();
-                    a.mov(rcx, count).unwrap();
-                    a.mov(rax, -1i64).unwrap();
-                });
-                code.extend_from_slice(op);
-                code.push(0xf4);
-                let mut machine = Machine::long(&code);
-                let state = machine.halt();
-                assert_eq!(state.gpr[gpr::RCX], 0);
-                assert_eq!(state.gpr[gpr::RDI], at + count * size);
-                let mut expected = vec![0u8; 0x20000];
-                let from = (at - DATA) as usize;
-                expected[from..from + (count * size) as usize].fill(0xff);
-                for (n, word) in expected.chunks(8).enumerate() {
-                    let word = u64::from_le_bytes(word.try_into().unwrap());
-                    let found = machine.ram.get(DATA + n as u64 * 8);
-                    assert_eq!(found, word, "{count} {back} {n}");
-                }
-            }
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[test]
-fn lockstep_sees_a_page_that_is_not_marked() {
-    if module_path!().contains("translated") {
-        // MOV BYTE PTR [R11], the mark, becomes NOP DWORD PTR [RAX].
-        let mark = [0x41, 0xc6, 0x03, MARK.get()];
-        let report = spoiled(&mark, &[0x0f, 0x1f, 0x40, 0]).unwrap();
-        assert!(report.contains("not marked dirty"), "{report}");
-    }
 }

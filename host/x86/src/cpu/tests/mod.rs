@@ -2,12 +2,18 @@
 
 mod access;
 mod branches;
+mod calls;
 mod code;
 mod events;
 mod hot;
+mod kernel;
+mod lockstep;
 mod modes;
 mod paging;
+#[cfg(target_arch = "x86_64")]
+mod programs;
 mod robust;
+mod sharing;
 mod strings;
 
 use std::num::{NonZeroU8, NonZeroU32};
@@ -46,6 +52,10 @@ const CODE: u64 = 0x10_0000;
 const DATA: u64 = 0x18_0000;
 /// Physical address space without RAM.
 const MMIO: u64 = 0x1000_0000;
+
+/// Bits of a page table's entry.
+const PRESENT: u64 = 1;
+const PRESENT_WRITABLE: u64 = 3;
 
 const KERNEL_CS: u16 = 0x08;
 const KERNEL_SS: u16 = 0x10;
@@ -178,13 +188,17 @@ impl Machine {
     }
 
     fn beside(id: u32, ram: Arc<Ram>, code: Arc<CodeMap>) -> Self {
-        let mailbox = Arc::new(Mailbox::new(id));
-        let sent = Arc::new(Sent::default());
         // These tests are there twice.
         let translation = match module_path!() {
             path if path.ends_with("translated") => Translation::After(NonZeroU32::MIN),
             _ => Translation::Never,
         };
+        Self::translating(id, ram, code, translation)
+    }
+
+    fn translating(id: u32, ram: Arc<Ram>, code: Arc<CodeMap>, translation: Translation) -> Self {
+        let mailbox = Arc::new(Mailbox::new(id));
+        let sent = Arc::new(Sent::default());
         let config = CpuConfig {
             id,
             cpus: 2,
@@ -338,6 +352,13 @@ impl Machine {
                 ..data
             };
         })
+    }
+
+    /// Maps a page to itself with these bits, or not at all.
+    fn map(&self, address: u64, bits: u64) {
+        let page = address & !0xfff;
+        let entry = if bits == 0 { 0 } else { page | bits };
+        self.ram.set(PT + (page >> 12) * 8, entry);
     }
 
     /// Runs to HLT.
