@@ -53,7 +53,7 @@ pub(crate) enum AbortReason {
 pub(crate) const NOWHERE: u64 = 1 << 62;
 
 /// One logical processor, owned by its thread.
-#[repr(C)]
+#[repr(C, align(64))]
 pub struct Cpu {
     /// General registers, and what else operations address like one; see `exec::op::slot`.
     pub(crate) regs: [u64; 32],

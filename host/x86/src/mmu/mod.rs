@@ -18,7 +18,7 @@ mod walk;
 
 pub use code_map::CodeMap;
 #[cfg(target_arch = "x86_64")]
-pub(crate) use tlb::{Entry as TlbEntry, TLB_BITS};
+pub(crate) use tlb::{Entries as TlbEntries, TLB_BITS};
 pub(crate) use tlb::{Privilege, Tlb};
 pub(crate) use walk::Access;
 

@@ -29,9 +29,8 @@ pub(crate) enum Privilege {
     User = 1,
 }
 
-/// A page of RAM at a linear address. Translated code reads it too.
+/// A page of RAM at a linear address.
 #[derive(Debug, Clone, Copy)]
-#[repr(C)]
 pub(crate) struct Entry {
     /// The page's address, negated, for reading and for writing: an address and this make the offset
     /// in the page, or something larger.
@@ -43,18 +42,6 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
-    #[cfg(target_arch = "x86_64")]
-    pub(crate) const READ: usize = std::mem::offset_of!(Self, read);
-    #[cfg(target_arch = "x86_64")]
-    pub(crate) const WRITE: usize = std::mem::offset_of!(Self, write);
-    #[cfg(target_arch = "x86_64")]
-    pub(crate) const ADDEND: usize = std::mem::offset_of!(Self, addend);
-    #[cfg(target_arch = "x86_64")]
-    pub(crate) const MARK: usize = std::mem::offset_of!(Self, mark);
-    /// An entry's size is two to the power of this.
-    #[cfg(target_arch = "x86_64")]
-    pub(crate) const SHIFT: u8 = size_of::<Self>().trailing_zeros() as u8;
-
     const fn empty(at: usize) -> Self {
         Self {
             read: nothing(at),
@@ -106,11 +93,70 @@ pub(crate) struct Fill {
     pub(crate) large: bool,
 }
 
+/// The fields of all entries, each in a row of its own: those of the supervisor, and those of user mode.
+/// Translated code reaches them by their distance from the processor's state.
+#[derive(Debug)]
+pub(crate) struct Entries {
+    read: [u64; 2 * ENTRIES],
+    write: [u64; 2 * ENTRIES],
+    addend: [usize; 2 * ENTRIES],
+    mark: [NonNull<AtomicU8>; 2 * ENTRIES],
+}
+
+impl Entries {
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) const READ: usize = std::mem::offset_of!(Self, read);
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) const WRITE: usize = std::mem::offset_of!(Self, write);
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) const ADDEND: usize = std::mem::offset_of!(Self, addend);
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) const MARK: usize = std::mem::offset_of!(Self, mark);
+    /// An item of each row has two to the power of this bytes.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) const SHIFT: u8 = 3;
+
+    fn new() -> Self {
+        Self {
+            read: std::array::from_fn(nothing),
+            write: std::array::from_fn(nothing),
+            addend: [0; 2 * ENTRIES],
+            mark: [NonNull::dangling(); 2 * ENTRIES],
+        }
+    }
+
+    /// The entry at `at`, which is below the number of all.
+    #[inline(always)]
+    fn get(&self, at: usize) -> Entry {
+        debug_assert!(at < 2 * ENTRIES);
+        // SAFETY: all rows are as long as there are entries.
+        #[expect(unsafe_code, reason = "the innermost look-up of every memory access")]
+        unsafe {
+            Entry {
+                read: *self.read.get_unchecked(at),
+                write: *self.write.get_unchecked(at),
+                addend: *self.addend.get_unchecked(at),
+                mark: *self.mark.get_unchecked(at),
+            }
+        }
+    }
+
+    fn set(&mut self, at: usize, entry: Entry) {
+        self.read[at] = entry.read;
+        self.write[at] = entry.write;
+        self.addend[at] = entry.addend;
+        self.mark[at] = entry.mark;
+    }
+
+    fn clear(&mut self, at: usize) {
+        self.read[at] = nothing(at);
+        self.write[at] = nothing(at);
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct Tlb {
-    /// The supervisor's, and those of user mode. Translated code reaches them by their distance from the
-    /// processor's state.
-    pub(crate) entries: [Entry; 2 * ENTRIES],
+    pub(crate) entries: Entries,
     /// Where those are that serve now.
     base: usize,
     /// The same, to be used while stores are only tried: none of these serves writes.
@@ -128,7 +174,7 @@ pub(crate) struct Tlb {
 impl Tlb {
     pub(crate) fn new() -> Self {
         Self {
-            entries: std::array::from_fn(Entry::empty),
+            entries: Entries::new(),
             base: 0,
             tried: Vec::new(),
             trying: false,
@@ -142,7 +188,7 @@ impl Tlb {
     /// From the TLB's beginning to the entries of a privilege.
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn distance(privilege: Privilege) -> usize {
-        std::mem::offset_of!(Self, entries) + privilege as usize * ENTRIES * size_of::<Entry>()
+        std::mem::offset_of!(Self, entries) + ((privilege as usize * ENTRIES) << Entries::SHIFT)
     }
 
     pub(crate) fn set_privilege(&mut self, privilege: Privilege) {
@@ -166,11 +212,7 @@ impl Tlb {
         if self.trying {
             return self.tried[at];
         }
-        // SAFETY: `base` is that of one of twice ENTRIES entries, and the index is below that.
-        #[expect(unsafe_code, reason = "the innermost look-up of every memory access")]
-        unsafe {
-            *self.entries.get_unchecked(at)
-        }
+        self.entries.get(at)
     }
 
     /// The entry for another privilege than the current one.
@@ -180,7 +222,7 @@ impl Tlb {
         if self.trying {
             return self.tried[at];
         }
-        self.entries[at]
+        self.entries.get(at)
     }
 
     pub(crate) fn fill(&mut self, privilege: Privilege, fill: &Fill) {
@@ -209,7 +251,7 @@ impl Tlb {
             self.tried[at] = entry;
             return;
         }
-        self.entries[at] = entry;
+        self.entries.set(at, entry);
         if !fill.global && !self.is_local[at] {
             self.is_local[at] = true;
             self.local.push(at as u16);
@@ -223,7 +265,7 @@ impl Tlb {
     pub(crate) fn flush_local(&mut self) {
         self.stale = true;
         for at in self.local.drain(..) {
-            self.entries[usize::from(at)] = Entry::empty(at.into());
+            self.entries.clear(at.into());
             self.is_local[usize::from(at)] = false;
         }
     }
@@ -233,9 +275,7 @@ impl Tlb {
         self.stale = true;
         self.local.clear();
         self.is_local.fill(false);
-        for (at, entry) in self.entries.iter_mut().enumerate() {
-            *entry = Entry::empty(at);
-        }
+        (0..2 * ENTRIES).for_each(|at| self.entries.clear(at));
         self.large = [false; 2];
     }
 
@@ -245,39 +285,41 @@ impl Tlb {
         if self.large[(address >> 63) as usize] {
             // The page may be a gigabyte large.
             let region = address >> 30;
-            for (at, entry) in self.entries.iter_mut().enumerate() {
+            for at in 0..2 * ENTRIES {
+                let entry = self.entries.get(at);
                 let tag = if entry.read == nothing(at) {
                     entry.write
                 } else {
                     entry.read
                 };
                 if tag.wrapping_neg() >> 30 == region {
-                    *entry = Entry::empty(at);
+                    self.entries.clear(at);
                 }
             }
             return;
         }
         for half in [0, ENTRIES] {
             let at = half + index(address);
-            self.entries[at] = Entry::empty(at);
+            self.entries.clear(at);
         }
     }
 
     /// Drops write access to the page at `host`.
     pub(crate) fn withhold_writes_to(&mut self, host: NonNull<u8>) {
         let host = host.as_ptr().expose_provenance();
-        for (at, entry) in self.entries.iter_mut().enumerate() {
-            let page = entry.write.wrapping_neg();
-            if entry.write != nothing(at) && entry.addend.wrapping_add(page as usize) == host {
-                entry.write = nothing(at);
+        let rows = self.entries.write.iter_mut().zip(&self.entries.addend);
+        for (at, (write, addend)) in rows.enumerate() {
+            let page = write.wrapping_neg();
+            if *write != nothing(at) && addend.wrapping_add(page as usize) == host {
+                *write = nothing(at);
             }
         }
     }
 
     /// Drops write access to all pages.
     pub(crate) fn withhold_writes(&mut self) {
-        for (at, entry) in self.entries.iter_mut().enumerate() {
-            entry.write = nothing(at);
+        for (at, write) in self.entries.write.iter_mut().enumerate() {
+            *write = nothing(at);
         }
     }
 }

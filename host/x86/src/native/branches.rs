@@ -98,7 +98,7 @@ impl Work<'_> {
             }
             OpKind::Memory => {
                 self.address(i)?;
-                let from = self.probe_read(8, instruction);
+                let from = self.probe_read(R10, 8, instruction);
                 self.assembler.load(R10, from);
             }
             _ => return Err(Unable),
@@ -148,7 +148,7 @@ impl Work<'_> {
                 self.take_jump();
             }
             Code::Retnq => {
-                let from = self.read_stack((R14, 0), 8, instruction)?;
+                let from = self.read_stack(R14, 8, instruction)?;
                 self.assembler.load(R10, from);
                 // Where nobody knows the way, the interpreter does it.
                 let number = (self.first_leaving + 1 + self.stubs.len()) as u32;
@@ -162,7 +162,7 @@ impl Work<'_> {
             }
             Code::Retnq_imm16 => {
                 self.assembler.copy(R10, R14);
-                let from = self.probe_read(8, instruction);
+                let from = self.probe_read(R10, 8, instruction);
                 self.assembler.load(R10, from);
                 self.known_jump(instruction);
                 let popped = 8 + i32::from(i.immediate16());

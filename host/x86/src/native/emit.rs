@@ -196,24 +196,18 @@ impl Assembler {
         self.operand(to.0, mask);
     }
 
+    /// SHRX: a linear address in a register becomes the number of its page. R15 ends with the count.
+    pub(super) fn page_of(&mut self, reg: Reg) {
+        let inverted = |bit: u8| u8::from(reg.0 < 8) << bit;
+        // VEX.LZ.F2.0F38.W1 F7 /r, with R15 as the count.
+        let first = inverted(7) | 1 << 6 | inverted(5) | 2;
+        self.raw(&[0xc4, first, 0x83, 0xf7, 0xc0 | (reg.0 & 7) << 3 | reg.0 & 7]);
+    }
+
     /// PDEP: the low bits of `from` where the mask in memory has ones.
     pub(super) fn pdep(&mut self, to: Reg, from: Reg, mask: Mem) {
         // VEX.LZ.F2.0F38.W1 F5 /r
         self.bits(3, to, from, mask);
-    }
-
-    /// RORX: `from` turned right by `count` bits.
-    pub(super) fn rorx(&mut self, to: Reg, from: Reg, count: u8) {
-        // VEX.LZ.F2.0F3A.W1 F0 /r ib
-        let first = u8::from(to.0 < 8) << 7 | 1 << 6 | u8::from(from.0 < 8) << 5 | 3;
-        self.raw(&[
-            0xc4,
-            first,
-            0xfb,
-            0xf0,
-            0xc0 | (to.0 & 7) << 3 | from.0 & 7,
-            count,
-        ]);
     }
 
     /// JRCXZ over a jump that follows: `otherwise` is taken when RCX is not zero.
@@ -381,8 +375,8 @@ mod tests {
                 text(|a| a.pdep(RCX, R10, at(R15, 8))),
                 "pdep rcx,r10,[r15+8h]",
             ),
-            (text(|a| a.rorx(R11, R11, 59)), "rorx r11,r11,3Bh"),
-            (text(|a| a.rorx(RCX, R10, 12)), "rorx rcx,r10,0Ch"),
+            (text(|a| a.page_of(RCX)), "shrx rcx,rcx,r15"),
+            (text(|a| a.page_of(R10)), "shrx r10,r10,r15"),
             (
                 text(|a| a.jump_to_mem(at(R11, 8))),
                 "jmp qword ptr [r11+8h]",

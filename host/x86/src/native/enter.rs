@@ -6,9 +6,13 @@ use std::mem::offset_of;
 use super::{Context, slot_at};
 use crate::cpu::Cpu;
 
-/// From the processor to what R15 holds in translated code: 128 bytes before it the guest's R10 is, and
+/// From the processor to what R15 holds in translated code: 124 bytes before it the guest's R10 is, and
 /// what is used most lies within 127 bytes behind it, so that a byte tells the distance.
-pub(super) const BIAS: usize = offset_of!(Cpu, regs) + 10 * 8 + 128;
+///
+/// R15 ends with the number of bits that an offset in a page has, for shifts, which look at no more than
+/// the last six bits of their count.
+pub(super) const BIAS: usize = offset_of!(Cpu, regs) + 10 * 8 + 124;
+const _: () = assert!(BIAS % 64 == 12 && align_of::<Cpu>() == 64);
 /// From there to the context.
 pub(super) const CONTEXT: usize = offset_of!(Cpu, native) - BIAS;
 

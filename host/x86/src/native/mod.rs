@@ -63,8 +63,6 @@ pub(crate) struct Context {
     page: u64,
     /// Which bits of a linear address say where it is in the TLB.
     tlb_bits: u64,
-    /// Which bits of a linear address are not its offset in the page.
-    page_bits: u64,
     /// Where a hash goes to lead into the table of jumps.
     jump_bits: u64,
     /// Not zero: an SSE instruction raises an exception here.
@@ -110,7 +108,6 @@ impl Context {
         Self {
             page: 0,
             tlb_bits: crate::mmu::TLB_BITS,
-            page_bits: !crate::mmu::PAGE_OFFSET,
             jump_bits: ((JUMPS - 1) * size_of::<KnownJump>()) as u64,
             low_bits: 15,
             sign_bits: [1 << 31, 1 << 63],

@@ -7,9 +7,9 @@ use iced_x86::{Instruction, Register};
 use super::Context;
 use super::emit::{Jump, Mem, R10, R11, R14, R15, RCX, Reg, at, at_index};
 use super::sharing::Member;
-use super::translate::{Able, PLACES, Unable, Work, context, number, page, slot_mem};
+use super::translate::{Able, PLACES, Unable, Work, context, number, page, renamed, slot_mem};
 use crate::exec::op::slot;
-use crate::mmu::TlbEntry;
+use crate::mmu::TlbEntries;
 
 impl Work<'_> {
     /// Puts a guest register into a host register.
@@ -90,6 +90,19 @@ impl Work<'_> {
         Ok(())
     }
 
+    /// The register that has the linear address of the memory operand, or R10 gets it; R11 may change.
+    fn address_held(&mut self, i: &Instruction) -> Able<Reg> {
+        let bare = i.memory_index() == Register::None
+            && i.memory_displacement64() == 0
+            && i.memory_base().is_gpr64()
+            && !matches!(i.segment_prefix(), Register::FS | Register::GS);
+        if bare && let Some(place) = PLACES[usize::from(number(i.memory_base())?)] {
+            return Ok(place);
+        }
+        self.address(i)?;
+        Ok(R10)
+    }
+
     /// Works out the linear address of the memory operand into R10; R11 may change.
     pub(super) fn address(&mut self, i: &Instruction) -> Able {
         self.offset(i, R10, false)?;
@@ -105,42 +118,36 @@ impl Work<'_> {
 
     /// A field of the TLB's entry that R11 tells apart.
     pub(super) fn entry(&self, field: usize) -> Mem {
-        at_index(R15, R11, 0, self.entries + field as i32)
+        at_index(R15, R11, TlbEntries::SHIFT, self.entries + field as i32)
     }
 
-    /// Finds the TLB's entry for the address in R10: R11 tells which ([`Work::entry`]).
-    fn find_entry(&mut self) {
-        let asm = self.asm();
-        asm.pext(R11, R10, context(offset_of!(Context, tlb_bits)));
-        // Times the size of an entry.
-        asm.rorx(R11, R11, 64 - TlbEntry::SHIFT);
-    }
-
-    /// Loads the tag of the TLB's entry for the address in R10 into RCX; R11 tells which entry it is.
-    pub(super) fn load_tag(&mut self, write: bool) {
+    /// Loads the tag of the TLB's entry for an address into RCX; R11 tells which entry it is
+    /// ([`Work::entry`]).
+    pub(super) fn load_tag(&mut self, address: Reg, write: bool) {
         let tag = if write {
-            TlbEntry::WRITE
+            TlbEntries::WRITE
         } else {
-            TlbEntry::READ
+            TlbEntries::READ
         };
-        self.find_entry();
         let tag = self.entry(tag);
-        self.assembler.load(RCX, tag);
+        let asm = self.asm();
+        asm.pext(R11, address, context(offset_of!(Context, tlb_bits)));
+        asm.load(RCX, tag);
     }
 
-    /// Finds the TLB's entry for the address in R10; RCX is lost. The jump is taken when it does not
-    /// serve `bytes` from there.
-    fn look(&mut self, bytes: u32, write: bool) -> Jump {
-        self.load_tag(write);
+    /// Finds the TLB's entry for an address; RCX is lost. The jump is taken when it does not serve
+    /// `bytes` from there.
+    fn look(&mut self, address: Reg, bytes: u32, write: bool) -> Jump {
+        self.load_tag(address, write);
         let asm = self.asm();
-        asm.lea(RCX, at_index(RCX, R10, 0, bytes as i32 - 1));
-        asm.pext(RCX, RCX, context(offset_of!(Context, page_bits)));
+        asm.lea(RCX, at_index(RCX, address, 0, bytes as i32 - 1));
+        asm.page_of(RCX);
         asm.unless_rcx_zero()
     }
 
     /// As [`Work::look`]; leaves to the interpreter instead of a jump.
-    fn probe(&mut self, bytes: u32, write: bool, instruction: usize) {
-        let miss = self.look(bytes, write);
+    fn probe(&mut self, address: Reg, bytes: u32, write: bool, instruction: usize) {
+        let miss = self.look(address, bytes, write);
         self.step_at(miss, instruction);
     }
 
@@ -167,13 +174,13 @@ impl Work<'_> {
             None => at(base, lead.displacement),
         };
         self.assembler.lea(R10, mem);
-        let miss = self.look(lead.bytes, lead.write);
+        let miss = self.look(R10, lead.bytes, lead.write);
         self.goes_wrong.push((miss, instruction));
         if lead.write {
-            self.for_a_write();
+            self.for_a_write(R10);
             self.assembler.store(shared(member.slot, 1), R11);
         } else {
-            let addend = self.entry(TlbEntry::ADDEND);
+            let addend = self.entry(TlbEntries::ADDEND);
             self.assembler.load(R11, addend);
             self.assembler.lea(R10, at_index(R10, R11, 0, 0));
         }
@@ -191,11 +198,11 @@ impl Work<'_> {
     ) -> Able {
         let original = *i;
         let Some(member) = self.member(instruction) else {
-            self.address(&original)?;
+            let address = self.address_held(&original)?;
             if whole {
-                self.whole(instruction);
+                self.whole(address, instruction);
             }
-            self.redirect(i, (bytes, stores), instruction);
+            self.redirect(i, address, (bytes, stores), instruction);
             return Ok(());
         };
         self.reach(member, instruction)?;
@@ -204,32 +211,24 @@ impl Work<'_> {
             // Pages of both are alike in their lower bits.
             self.assembler.lea(R10, at(R10, delta));
             delta = 0;
-            self.whole(instruction);
+            self.whole(R10, instruction);
         }
-        strip(i);
+        strip(i, R10);
         i.set_memory_displacement64(i64::from(delta) as u64);
         i.set_memory_displ_size(u32::from(delta != 0));
         i.set_memory_index(Register::None);
         Ok(())
     }
 
-    /// Where bytes of the stack are that an instruction reads from `displacement` on: from R10, maybe
-    /// with R11.
-    pub(super) fn read_stack(
-        &mut self,
-        (base, displacement): (Reg, i32),
-        bytes: u32,
-        instruction: usize,
-    ) -> Able<Mem> {
+    /// Where bytes of the stack are that an instruction reads from `base` on, which is the register or
+    /// R10, maybe with R11.
+    pub(super) fn read_stack(&mut self, base: Reg, bytes: u32, instruction: usize) -> Able<Mem> {
         match self.member(instruction) {
             Some(member) => {
                 self.reach(member, instruction)?;
                 Ok(at(R10, member.delta))
             }
-            None => {
-                self.assembler.lea(R10, at(base, displacement));
-                Ok(self.probe_read(bytes, instruction))
-            }
+            None => Ok(self.probe_read(base, bytes, instruction)),
         }
     }
 
@@ -247,51 +246,54 @@ impl Work<'_> {
             }
             None => {
                 self.assembler.lea(R10, at(R14, displacement));
-                self.probe_write(bytes, instruction);
+                self.probe_write(R10, bytes, instruction);
                 Ok(at(R10, 0))
             }
         }
     }
 
-    /// Makes the guest's address in R10 the host's, and an instruction's memory operand what lies there:
-    /// so many bytes, which it stores or only reads.
+    /// Makes an instruction's memory operand what lies at a guest's address: so many bytes, which it
+    /// stores or only reads. R10 and R11 change, and RCX is free.
     pub(super) fn redirect(
         &mut self,
         i: &mut Instruction,
+        address: Reg,
         (bytes, stores): (u32, bool),
         instruction: usize,
     ) {
-        strip(i);
         if stores {
-            self.probe_write(bytes, instruction);
+            strip(i, R10);
+            self.probe_write(address, bytes, instruction);
             i.set_memory_index(Register::None);
         } else {
-            self.probe_read(bytes, instruction);
+            strip(i, address);
+            self.probe_read(address, bytes, instruction);
             i.set_memory_index(Register::R11);
         }
     }
 
-    /// The host address of what is to be read: R10 and R11 together. RCX is free.
-    pub(super) fn probe_read(&mut self, bytes: u32, instruction: usize) -> Mem {
-        self.probe(bytes, false, instruction);
-        let addend = self.entry(TlbEntry::ADDEND);
+    /// The host address of what is to be read: the guest's and R11 together. RCX is free.
+    pub(super) fn probe_read(&mut self, address: Reg, bytes: u32, instruction: usize) -> Mem {
+        self.probe(address, bytes, false, instruction);
+        let addend = self.entry(TlbEntries::ADDEND);
         self.assembler.load(R11, addend);
-        at_index(R10, R11, 0, 0)
+        at_index(address, R11, 0, 0)
     }
 
     /// The host address of what is to be written, in R10; R11 points to the mark to be set then
     /// ([`Work::mark`]). RCX is free.
-    pub(super) fn probe_write(&mut self, bytes: u32, instruction: usize) {
-        self.probe(bytes, true, instruction);
-        self.for_a_write();
+    pub(super) fn probe_write(&mut self, address: Reg, bytes: u32, instruction: usize) {
+        self.probe(address, bytes, true, instruction);
+        self.for_a_write(address);
     }
 
-    /// The entry that R11 tells apart serves a write to R10: makes both what [`Work::probe_write`] does.
-    pub(super) fn for_a_write(&mut self) {
-        let (addend, mark) = (self.entry(TlbEntry::ADDEND), self.entry(TlbEntry::MARK));
+    /// The entry that R11 tells apart serves a write to an address: makes R10 and R11 what
+    /// [`Work::probe_write`] does.
+    pub(super) fn for_a_write(&mut self, address: Reg) {
+        let (addend, mark) = (self.entry(TlbEntries::ADDEND), self.entry(TlbEntries::MARK));
         let asm = self.asm();
         asm.load(RCX, addend);
-        asm.lea(R10, at_index(R10, RCX, 0, 0));
+        asm.lea(R10, at_index(address, RCX, 0, 0));
         asm.load(R11, mark);
     }
 
@@ -317,11 +319,11 @@ fn shared(slot: usize, part: usize) -> Mem {
     context(offset_of!(Context, shared) + slot * 16 + part * 8)
 }
 
-/// Takes from a memory operand all but R10.
-fn strip(i: &mut Instruction) {
+/// Takes from a memory operand all but a register of the host.
+fn strip(i: &mut Instruction, base: Reg) {
     i.set_segment_prefix(Register::None);
     i.set_memory_displacement64(0);
     i.set_memory_displ_size(0);
     i.set_memory_index_scale(1);
-    i.set_memory_base(Register::R10);
+    i.set_memory_base(renamed(Register::RAX, base));
 }

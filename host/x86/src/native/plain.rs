@@ -280,7 +280,7 @@ impl Work<'_> {
         asm.lea(R10, at_index(R10, R11, 2 + wide as u8, 0));
         let stores = original.mnemonic() != M::Bt;
         let mut i = *original;
-        self.redirect(&mut i, (bytes as u32, stores), instruction);
+        self.redirect(&mut i, R10, (bytes as u32, stores), instruction);
         let offset = self.held(guest, RCX);
         let within = masks(offset_of!(Context, bit_within));
         self.assembler.pext(RCX, offset, within);
@@ -326,7 +326,7 @@ impl Work<'_> {
             }
             _ => {
                 self.address(original)?;
-                let from = self.probe_read(bytes as u32, instruction);
+                let from = self.probe_read(R10, bytes as u32, instruction);
                 if wide {
                     self.assembler.load(R11, from);
                 } else {

@@ -4,7 +4,7 @@ use iced_x86::{CpuidFeature, Instruction, Mnemonic as M, OpKind, Register};
 use std::mem::offset_of;
 
 use super::Context;
-use super::emit::{Mem, R10, R13, R15, RCX, at};
+use super::emit::{Mem, R10, R13, R15, RCX, Reg, at};
 use super::enter::BIAS;
 use super::translate::{Able, PLACES, Unable, Work, context, number, renamed, slot_mem, writes};
 use crate::cpu::Cpu;
@@ -275,10 +275,10 @@ fn vector_mem(guest: u8) -> Mem {
 }
 
 impl Work<'_> {
-    /// The address in R10 has to be a multiple of 16.
-    pub(super) fn whole(&mut self, instruction: usize) {
+    /// The address has to be a multiple of 16.
+    pub(super) fn whole(&mut self, address: Reg, instruction: usize) {
         let low_bits = context(offset_of!(Context, low_bits));
-        self.assembler.pext(RCX, R10, low_bits);
+        self.assembler.pext(RCX, address, low_bits);
         let astray = self.assembler.unless_rcx_zero();
         self.step_at(astray, instruction);
     }

@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, Instruction, OpKind, Register};
 
-use super::emit::{R14, RCX, Reg, at};
+use super::emit::{R10, R14, RCX, Reg, at};
 use super::translate::{Able, PLACES, Unable, Work, number, scratch, slot_mem};
 
 /// Pushes or pops in a row that share a look into the TLB, at most.
@@ -54,7 +54,7 @@ impl Work<'_> {
             }
             Code::Push_rm64 if i.op0_kind() == OpKind::Memory => {
                 self.address(i)?;
-                let from = self.probe_read(8, instruction);
+                let from = self.probe_read(R10, 8, instruction);
                 self.assembler.load(RCX, from);
                 self.assembler.store(scratch(), RCX);
                 self.push_value(instruction, |work| {
@@ -71,7 +71,7 @@ impl Work<'_> {
             return Err(Unable);
         }
         let guest = number(i.op0_register())?;
-        let from = self.read_stack((R14, 0), 8, instruction)?;
+        let from = self.read_stack(R14, 8, instruction)?;
         match PLACES[usize::from(guest)] {
             Some(R14) => {
                 self.assembler.load(R14, from);
@@ -92,7 +92,7 @@ impl Work<'_> {
             return Err(Unable);
         }
         const RBP: Reg = Reg(5);
-        let from = self.read_stack((RBP, 0), 8, instruction)?;
+        let from = self.read_stack(RBP, 8, instruction)?;
         self.assembler.lea(R14, at(RBP, 8));
         self.assembler.load(RBP, from);
         Ok(())
@@ -116,7 +116,7 @@ impl Work<'_> {
     /// Registers that are popped in a row.
     pub(super) fn pop_row(&mut self, row: &[Instruction], instruction: usize) -> Able {
         let bytes = 8 * row.len() as i32;
-        let first = self.read_stack((R14, 0), bytes as u32, instruction)?;
+        let first = self.read_stack(R14, bytes as u32, instruction)?;
         for (n, i) in row.iter().enumerate() {
             let guest = number(i.op0_register())?;
             let from = first.beyond(8 * n as i32);

@@ -11,7 +11,7 @@ use super::translate::{Able, Unable, Work, context, field, page, scratch_at, slo
 use crate::cpu::Cpu;
 use crate::exec::flags::IF;
 use crate::exec::op::slot;
-use crate::mmu::TlbEntry;
+use crate::mmu::TlbEntries;
 use crate::state::{Segment, segment};
 
 /// Is it an instruction of this file?
@@ -119,8 +119,8 @@ impl Work<'_> {
             }
             Code::Cmpxchg16b_m128 => {
                 self.address(i)?;
-                self.whole(instruction);
-                self.probe_write(16, instruction);
+                self.whole(R10, instruction);
+                self.probe_write(R10, 16, instruction);
                 let asm = self.asm();
                 asm.copy(RCX, R13);
                 // LOCK CMPXCHG16B [R10]
@@ -154,23 +154,22 @@ impl Work<'_> {
         asm.load(RCX, field!(system_flags));
         asm.pext(RCX, RCX, context(offset_of!(Context, direction_bit)));
         let backward = asm.unless_rcx_zero();
-        asm.pext(RCX, R13, context(offset_of!(Context, page_bits)));
+        asm.copy(RCX, R13);
+        asm.page_of(RCX);
         let long = asm.unless_rcx_zero();
         asm.copy(RCX, R13);
         let nothing = asm.if_rcx_zero();
         self.step_at(backward, instruction);
         self.step_at(long, instruction);
         if copies {
-            self.assembler.copy(R10, RSI);
-            self.probe_row(scale, false, instruction);
-            let addend = self.entry(TlbEntry::ADDEND);
+            self.probe_row(RSI, (scale, false), instruction);
+            let addend = self.entry(TlbEntries::ADDEND);
             self.assembler.load(R11, addend);
-            self.assembler.lea(R10, at_index(R10, R11, 0, 0));
+            self.assembler.lea(R10, at_index(RSI, R11, 0, 0));
             self.assembler.store(scratch_at(1), R10);
         }
-        self.assembler.copy(R10, RDI);
-        self.probe_row(scale, true, instruction);
-        self.for_a_write();
+        self.probe_row(RDI, (scale, true), instruction);
+        self.for_a_write(RDI);
         let asm = self.asm();
         asm.store(scratch_at(0), RDI);
         asm.copy(RDI, R10);
@@ -201,18 +200,18 @@ impl Work<'_> {
     }
 
     /// As [`Work::probe`], for R13 items of `1 << scale` bytes, fewer than 4096 and at least one.
-    fn probe_row(&mut self, scale: u8, write: bool, instruction: usize) {
-        self.load_tag(write);
+    fn probe_row(&mut self, address: Reg, (scale, write): (u8, bool), instruction: usize) {
+        self.load_tag(address, write);
         let asm = self.asm();
-        asm.lea(RCX, at_index(RCX, R10, 0, 0));
+        asm.lea(RCX, at_index(RCX, address, 0, 0));
         // The first byte is in the page ...
         asm.store(scratch_at(0), RCX);
-        asm.pext(RCX, RCX, context(offset_of!(Context, page_bits)));
+        asm.page_of(RCX);
         let miss = asm.unless_rcx_zero();
         // ... and so is the last.
         asm.load(RCX, scratch_at(0));
         asm.lea(RCX, at_index(RCX, R13, scale, -1));
-        asm.pext(RCX, RCX, context(offset_of!(Context, page_bits)));
+        asm.page_of(RCX);
         let across = asm.unless_rcx_zero();
         self.step_at(miss, instruction);
         self.step_at(across, instruction);
