@@ -9,6 +9,7 @@ mod deps;
 mod fuzz;
 mod guest;
 mod packages;
+mod portable;
 mod soak;
 mod test;
 

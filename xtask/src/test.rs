@@ -9,6 +9,7 @@ use clap::Args;
 
 use crate::guest;
 use crate::packages::{self, Series};
+use crate::portable;
 use dunlin_testbed::process;
 
 /// Debian packages that tests use, and a program of each by which it is found.
@@ -46,6 +47,9 @@ pub(crate) fn run(arguments: &TestArguments) -> anyhow::Result<()> {
                 unavailable.push(format!("no guest of series {}: {error:#}", series.name()))
             }
         }
+    }
+    if matches!(arguments.area.as_deref(), None | Some("x86" | "hypervisor")) {
+        unavailable.extend(portable::check()?);
     }
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     // The tests drive the release binary as a user would.

@@ -196,6 +196,24 @@ pub(crate) unsafe fn compare_exchange_16(
     }
 }
 
+/// A counter that all threads and processes of the host read alike: the time-stamp counter, or
+/// on other hosts the nanoseconds of the monotonic clock.
+#[inline]
+pub(crate) fn counter() -> u64 {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: RDTSC exists on every x86-64 processor; user space may execute it unless the
+    // process asked the kernel to forbid it.
+    #[expect(unsafe_code, reason = "the intrinsic is unsafe by declaration only")]
+    unsafe {
+        std::arch::x86_64::_rdtsc()
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+    }
+}
+
 /// Copies `bytes` from `from` to `to`, ascending.
 ///
 /// # Safety

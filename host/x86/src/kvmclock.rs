@@ -31,15 +31,10 @@ const TSC_KHZ: std::ops::RangeInclusive<u64> = 1_000..=100_000_000;
 #[error("TSC frequency {0} kHz is not between 1 MHz and 100 GHz")]
 pub struct FrequencyError(pub u64);
 
-/// The host's time-stamp counter.
+/// The host's time-stamp counter; hosts that have none count nanoseconds.
 #[inline]
 pub fn host_tsc() -> u64 {
-    // SAFETY: RDTSC exists on every x86-64 processor; user space may execute it unless the
-    // process asked the kernel to forbid it.
-    #[expect(unsafe_code, reason = "the intrinsic is unsafe by declaration only")]
-    unsafe {
-        core::arch::x86_64::_rdtsc()
-    }
+    crate::host::counter()
 }
 
 /// A VM's time-stamp counter and paravirtual clock.

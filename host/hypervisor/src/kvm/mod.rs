@@ -5,7 +5,8 @@
 
 mod convert;
 mod cpuid;
-pub(crate) mod kick;
+mod kick;
+mod ring0;
 mod routes;
 mod state;
 mod vcpu;
@@ -24,6 +25,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
 
 pub(crate) use cpuid::{check, missing_features};
+pub use ring0::measure_ring0;
 
 use crate::soft::host_tsc_khz;
 use crate::{Engine, EngineError, Vcpu, VcpuId, Vm};
@@ -41,7 +43,7 @@ const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
 const IOAPIC_PINS: u64 = 24;
 
 /// Turns what the kernel said about `action` into an error.
-pub(crate) fn host_error<E: Into<io::Error>>(action: &'static str) -> impl Fn(E) -> EngineError {
+fn host_error<E: Into<io::Error>>(action: &'static str) -> impl Fn(E) -> EngineError {
     move |source| EngineError::Host {
         engine: ENGINE,
         action,
@@ -82,6 +84,16 @@ pub(crate) fn open() -> Result<Kvm, EngineError> {
         }
     }
     Ok(kvm)
+}
+
+/// The frequency of the host's time-stamp counter in kHz, if the kernel tells it.
+pub(crate) fn tsc_khz() -> Option<u64> {
+    let kvm = Kvm::new().ok()?;
+    if !kvm.check_extension(Cap::GetTscKhz) {
+        return None;
+    }
+    let khz = kvm.create_vm().ok()?.create_vcpu(0).ok()?.get_tsc_khz();
+    khz.ok().map(u64::from).filter(|khz| *khz != 0)
 }
 
 /// A slot of guest memory.

@@ -4,9 +4,8 @@ use std::fs;
 use std::path::Path;
 
 use super::baselines::{BaselineOffer, baselines};
-use super::reason;
-use super::ring0::{Ring0Speed, measure_ring0};
-use crate::kvm::open;
+use super::{Ring0Speed, reason};
+use crate::kvm::{measure_ring0, open};
 
 /// How this process may catch page faults (for moves that begin before their pages arrive).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

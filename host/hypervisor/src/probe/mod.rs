@@ -2,16 +2,25 @@
 
 mod baselines;
 mod host;
-mod ring0;
 
 pub use baselines::{BaselineOffer, baselines};
 pub use host::{HostProbe, SriovDevice, UserfaultfdAccess};
-pub use ring0::{Ring0Speed, measure_ring0};
+
+pub use crate::kvm::measure_ring0;
 
 use dunlin_x86::cpuid::Baseline;
 
 use crate::kvm::{check, open};
 use crate::{Engine, EngineError, soft};
+
+/// How fast ring 0 is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Ring0Speed {
+    /// The guest's time for a round of the loop over the host's.
+    pub slowdown: f64,
+    /// Ring-0 code runs on the processor itself.
+    pub native: bool,
+}
 
 /// What the user asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

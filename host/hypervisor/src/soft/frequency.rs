@@ -4,7 +4,8 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use dunlin_x86::kvmclock::host_tsc;
-use kvm_ioctls::{Cap, Kvm};
+
+use crate::kvm;
 
 /// How long a calibration takes.
 const CALIBRATION: Duration = Duration::from_millis(25);
@@ -16,16 +17,7 @@ const CALIBRATION: Duration = Duration::from_millis(25);
 /// 100 ns, so the result is good to about 10 parts in a million, besides what NTP slews meanwhile.
 pub fn host_tsc_khz() -> u64 {
     static KHZ: OnceLock<u64> = OnceLock::new();
-    *KHZ.get_or_init(|| from_kvm().unwrap_or_else(calibrate))
-}
-
-fn from_kvm() -> Option<u64> {
-    let kvm = Kvm::new().ok()?;
-    if !kvm.check_extension(Cap::GetTscKhz) {
-        return None;
-    }
-    let khz = kvm.create_vm().ok()?.create_vcpu(0).ok()?.get_tsc_khz();
-    khz.ok().map(u64::from).filter(|khz| *khz != 0)
+    *KHZ.get_or_init(|| kvm::tsc_khz().unwrap_or_else(calibrate))
 }
 
 fn calibrate() -> u64 {
@@ -61,7 +53,7 @@ mod tests {
 
     #[test]
     fn the_calibration_agrees_with_the_kernel() {
-        let Some(told) = from_kvm() else {
+        let Some(told) = kvm::tsc_khz() else {
             eprintln!("SKIP: /dev/kvm does not tell the frequency");
             return;
         };

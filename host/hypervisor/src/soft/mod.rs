@@ -47,6 +47,22 @@ pub(crate) fn check(baseline: &Baseline) -> Result<(), EngineError> {
     EngineError::unless_complete("soft", baseline, Cpu::missing_features(baseline))
 }
 
+/// Fails where a guest of `cpus` processors would not have x86's memory.
+///
+/// On x86-64 hosts every access of the guest is one of the host. Elsewhere those that are not
+/// aligned, and exchanges of 16 bytes, are several, which one processor alone cannot notice.
+fn check_cpus(cpus: usize) -> Result<(), EngineError> {
+    if cfg!(target_arch = "x86_64") || cpus <= 1 {
+        return Ok(());
+    }
+    Err(EngineError::Unavailable {
+        engine: "soft",
+        reason: format!(
+            "{cpus} vCPUs need an x86-64 host; on this one the software CPU gives one vCPU only"
+        ),
+    })
+}
+
 /// A VM on the software CPU.
 #[derive(Debug)]
 pub struct SoftVm {
@@ -93,6 +109,7 @@ impl Vm for SoftVm {
     }
 
     fn create_vcpu(&self, id: VcpuId) -> Result<Box<dyn Vcpu>, EngineError> {
+        check_cpus(self.made.len())?;
         let refused = |reason: String| EngineError::InvalidState { vcpu: id.0, reason };
         let (Some(made), Some(mailbox)) = (self.made.get(id.0 as usize), self.router.mailbox(id.0))
         else {

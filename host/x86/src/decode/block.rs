@@ -21,12 +21,20 @@ pub(crate) struct Block {
     pub(crate) instructions: u32,
     pub(crate) bytes: u16,
     /// Offset in its page.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(dead_code, reason = "for the translator")
+    )]
     pub(crate) start: u16,
     /// It is user mode's: translated code looks into the TLB of its privilege.
     pub(crate) user: bool,
     /// Its translation, if it has one.
     pub(crate) code: Cell<*const u8>,
     /// How often it was interpreted.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(dead_code, reason = "for the translator")
+    )]
     pub(crate) runs: Cell<u32>,
     /// The physical page that it is dropped with; `None` for one that no way may lead to
     /// without a look.
@@ -41,6 +49,10 @@ pub(crate) struct Block {
 
 impl Block {
     /// Does it go on behind its last instruction?
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(dead_code, reason = "for the translator")
+    )]
     pub(crate) fn goes_on(&self) -> bool {
         // Then there is an operation for that, before the one that is never run.
         let before = self

@@ -40,6 +40,10 @@ pub(crate) enum Exit {
     /// An instruction ended early; `Cpu::abort_op` is the one.
     Abort,
     /// An instruction that was to be done by itself is done.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(dead_code, reason = "for the translator")
+    )]
     Stepped,
 }
 
@@ -103,7 +107,6 @@ impl At {
     }
 
     /// How many instructions it is behind another place of the same block.
-    #[cfg(target_arch = "x86_64")]
     pub(crate) fn since(self, first: Self) -> usize {
         (self.0.addr() - first.0.addr()) / size_of::<Op>()
     }

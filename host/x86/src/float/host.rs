@@ -3,7 +3,7 @@
 //! SSE functions run with all exceptions masked, in the rounding, flush and denormal modes that
 //! [`Environment`] carries, and collect the exception flags there; whether a flag raises #XM is
 //! for [`super::arithmetic`] to say. x87 runs on the guest's own registers and control word.
-//! A version for other hosts replaces this file alone.
+//! On other hosts `portable` takes this file's place, function by function.
 
 #![expect(
     unsafe_code,
@@ -13,6 +13,7 @@
 use std::arch::{asm, global_asm};
 
 use super::state::FloatState;
+use super::x87::{X87Operand, X87Routine};
 
 /// Modes and flags of SSE arithmetic, in MXCSR's layout.
 #[derive(Debug, Clone, Copy)]
@@ -316,30 +317,6 @@ unsafe extern "C" {
     /// The first byte of the table above.
     static dunlin_x87_table: u8;
 }
-
-/// Which x87 instruction: its place in the table of routines.
-///
-/// Only instructions that neither wait nor load or store control state may be made into one;
-/// [`super::x87`] executes those itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct X87Routine(pub(super) u16);
-
-impl X87Routine {
-    /// `opcode` is D8 to DF, `form` the second byte, C0 to FF.
-    pub(super) fn register(opcode: u8, form: u8) -> Self {
-        Self(u16::from(opcode & 7) << 6 | u16::from(form & 0x3f))
-    }
-
-    /// `opcode` is D8 to DF, `group` the middle field of ModRM.
-    pub(super) fn memory(opcode: u8, group: u8) -> Self {
-        Self(512 + (u16::from(opcode & 7) << 3 | u16::from(group & 7)))
-    }
-}
-
-/// The memory operand of an x87 instruction, read or written by it.
-#[derive(Debug, Clone, Copy, Default)]
-#[repr(C, align(16))]
-pub(super) struct X87Operand(pub(super) [u8; 16]);
 
 /// Runs one x87 instruction on the registers in `state`; `flags` are those of RFLAGS, for
 /// conditional moves and comparisons.

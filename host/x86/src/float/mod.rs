@@ -4,16 +4,22 @@
 //! host's own instructions can take it as it is.
 
 mod arithmetic;
+#[cfg(target_arch = "x86_64")]
 mod host;
 mod integer;
 mod lanes;
 mod lower;
+#[cfg(any(test, not(target_arch = "x86_64")))]
+mod portable;
 mod shuffle;
 mod state;
 mod string;
 #[cfg(target_arch = "x86_64")]
 mod vector;
 mod x87;
+
+#[cfg(not(target_arch = "x86_64"))]
+use portable as host;
 
 pub(crate) use lower::lower;
 pub use state::{

@@ -192,7 +192,7 @@ impl FloatState {
     }
 
     /// Sets ES and B as flags and masks demand.
-    fn summarise(&mut self) {
+    pub(super) fn summarise(&mut self) {
         if self.status & !self.control & EXCEPTIONS != 0 {
             self.status |= SUMMARY | BUSY;
         } else {

@@ -1,11 +1,38 @@
 //! x87 and MMX state: what is not arithmetic (SDM vol. 1, chapter 8; environments: 8.1.10).
 
-use super::host::{self, X87Operand, X87Routine};
+use super::host;
 use super::state::FloatState;
 
 const EXCEPTIONS: u16 = 0x3f;
 /// Invalid operation, overflow, underflow: those that keep a store from being done.
 const STOPS_STORE: u16 = 0x19;
+
+/// Which x87 instruction.
+///
+/// Only instructions that neither wait nor load or store control state may be made into one;
+/// [`FloatState`] executes those itself. The number is the place in the table of routines that
+/// [`super::host`] has: eight times 64 register forms, then eight times eight memory forms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct X87Routine(pub(super) u16);
+
+impl X87Routine {
+    pub(super) const MEMORY: u16 = 512;
+
+    /// `opcode` is D8 to DF, `form` the second byte, C0 to FF.
+    pub(super) fn register(opcode: u8, form: u8) -> Self {
+        Self(u16::from(opcode & 7) << 6 | u16::from(form & 0x3f))
+    }
+
+    /// `opcode` is D8 to DF, `group` the middle field of ModRM.
+    pub(super) fn memory(opcode: u8, group: u8) -> Self {
+        Self(Self::MEMORY + (u16::from(opcode & 7) << 3 | u16::from(group & 7)))
+    }
+}
+
+/// The memory operand of an x87 instruction, read or written by it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C, align(16))]
+pub(super) struct X87Operand(pub(super) [u8; 16]);
 
 /// Where the processor stands when an x87 instruction executes.
 #[derive(Debug, Clone, Copy)]

@@ -10,6 +10,10 @@ use crate::memory::RamPage;
 const ENTRIES: usize = 2048;
 /// Which bits of an address say where it is in the TLB: those of the page, and one that tells kernels'
 /// map of all memory from their code and stacks.
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    expect(dead_code, reason = "for the translator")
+)]
 pub(crate) const TLB_BITS: u64 = (PAGES as u64 - 1) << 12 | 1 << REGION;
 const PAGES: usize = ENTRIES / 2;
 const REGION: u32 = 46;

@@ -8,9 +8,8 @@ use crate::cpu::control::{CR0_EM, CR0_TS, CR4_OSFXSR};
 use crate::exec::flags::{Flags, OF};
 use crate::exec::op::{Handler, Op, slot, straight};
 use crate::exec::{Exception, Result};
-use crate::float::host::{X87Operand, X87Routine};
 use crate::float::state::{FXSAVE_BYTES, MXCSR_MASK};
-use crate::float::x87::{Layout, Place};
+use crate::float::x87::{Layout, Place, X87Operand, X87Routine};
 use crate::mmu::is_canonical;
 
 pub(super) fn lower(instruction: &Instruction) -> Option<Lowered> {

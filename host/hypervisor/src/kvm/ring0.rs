@@ -15,8 +15,9 @@ use kvm_bindings::{kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::kvm::kick::{Kick, install_handler};
-use crate::kvm::{host_error, open};
+use super::kick::{Kick, install_handler};
+use super::{host_error, open};
+use crate::probe::Ring0Speed;
 use crate::{EngineError, VcpuHandle};
 
 /// Decrements of the loop.
@@ -31,15 +32,6 @@ const PML4: u64 = 0x1000;
 const PDPT: u64 = 0x2000;
 const PD: u64 = 0x3000;
 const CODE: u64 = 0x4000;
-
-/// How fast ring 0 is.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Ring0Speed {
-    /// The guest's time for a round of the loop over the host's.
-    pub slowdown: f64,
-    /// Ring-0 code runs on the processor itself.
-    pub native: bool,
-}
 
 /// Runs the loop on both. Takes a millisecond where ring 0 is native, and at most about 200.
 ///
