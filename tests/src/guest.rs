@@ -29,6 +29,12 @@ pub fn stock(series: &str) -> Option<TestGuest> {
     })
 }
 
+/// The image of a Debian with systemd; `None`, with a line that is counted as skipped, where it could
+/// not be made. Other tests use it too: give a guest a copy.
+pub fn debian() -> Option<PathBuf> {
+    variable("DUNLIN_TEST_DEBIAN")
+}
+
 fn variable(name: &str) -> Option<PathBuf> {
     let value = std::env::var_os(name).map(PathBuf::from);
     match value {

@@ -51,6 +51,8 @@ pub struct VmSpec {
     pub cmdline: String,
     /// RAM, as the command line takes it.
     pub memory: String,
+    /// Processors.
+    pub cpus: u32,
     /// `auto`, `soft` or `kvm`.
     pub engine: String,
     /// Raw images.
@@ -200,9 +202,8 @@ impl Host {
     pub fn run(&mut self, vm: &VmSpec) -> anyhow::Result<()> {
         let mut command = self.command(&["run", "--name", &vm.name]);
         command
-            .args([
-                "--memory", &vm.memory, "--cpus", "1", "--engine", &vm.engine,
-            ])
+            .args(["--memory", &vm.memory, "--engine", &vm.engine])
+            .args(["--cpus", &vm.cpus.to_string()])
             .args(["--cmdline", &vm.cmdline])
             .arg("--kernel")
             .arg(&vm.kernel);

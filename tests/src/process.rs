@@ -71,6 +71,14 @@ pub fn installed(program: &str) -> bool {
     })
 }
 
+/// The path with the folders of programs for administrators (`mke2fs`, `e2fsck`), which are not on
+/// every user's.
+pub fn administrator_path() -> std::ffi::OsString {
+    let mut path = std::env::var_os("PATH").unwrap_or_default();
+    path.push(":/usr/sbin:/sbin");
+    path
+}
+
 /// Does this process run as root?
 pub fn is_root() -> bool {
     // SAFETY: geteuid has no preconditions and cannot fail.

@@ -81,6 +81,7 @@ fn devices_work_before_and_after_save_restore_and_reboot() {
         initramfs: Some(guest.initramfs),
         cmdline: "console=ttyS0 quiet dunlin.init=agent dunlin.load=8,20".to_owned(),
         memory: "192M".to_owned(),
+        cpus: 1,
         engine: "soft".to_owned(),
         disks: vec![image],
     })

@@ -56,6 +56,7 @@ fn start() -> Option<Start> {
                 "console=ttyS0 quiet dunlin.init=agent dunlin.load={WORKING_SET_MIB},{RATE_MIB}"
             ),
             memory: "192M".to_owned(),
+            cpus: 1,
             engine: "soft".to_owned(),
             disks: Vec::new(),
         })

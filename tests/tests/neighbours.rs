@@ -73,6 +73,7 @@ fn a_qemu_guest_and_a_dunlin_guest_exchange_pings_and_a_stream() {
             initramfs: Some(guest.initramfs),
             cmdline: "console=ttyS0 quiet dunlin.init=agent dunlin.load=0,0".to_owned(),
             memory: "256M".to_owned(),
+            cpus: 1,
             engine: "soft".to_owned(),
             disks: Vec::new(),
         })

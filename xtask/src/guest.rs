@@ -10,6 +10,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 
 use crate::cpio::Archive;
+use crate::debian;
 use crate::packages::{self, Kernel, Series};
 use dunlin_testbed::process;
 
@@ -26,9 +27,21 @@ const MODULES: [&str; 6] = [
 /// Arguments of `cargo xtask guest`.
 #[derive(Debug, Args)]
 pub(crate) struct GuestArguments {
+    /// What the kernel starts
+    #[arg(value_enum, default_value = "busybox")]
+    system: System,
     /// Which stock kernel
     #[arg(long, value_enum, default_value = "6.1")]
     kernel: Series,
+}
+
+/// What runs on the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum System {
+    /// The initramfs alone.
+    Busybox,
+    /// A Debian with systemd, on a disk (ext4).
+    Debian,
 }
 
 /// What `dunlin run` needs to boot the test guest.
@@ -50,8 +63,20 @@ pub(crate) fn run(arguments: &GuestArguments) -> anyhow::Result<()> {
             .display()
             .to_string()
     };
+    let (cmdline, disk) = match arguments.system {
+        System::Busybox => ("console=ttyS0 quiet", String::new()),
+        System::Debian => {
+            let image = debian::image()?;
+            println!("log in as root, without a password; `systemctl poweroff` ends it");
+            let disk = format!(" --disk {}", shown(&image));
+            (
+                "console=ttyS0 quiet dunlin.init=root dunlin.root=/dev/vda",
+                disk,
+            )
+        }
+    };
     println!(
-        "cargo run --release --package dunlin -- run --kernel {} --initrd {} --cmdline 'console=ttyS0 quiet' --memory 512M",
+        "cargo run --release --package dunlin -- run --kernel {} --initrd {} --cmdline '{cmdline}' --memory 512M{disk}",
         shown(&guest.kernel),
         shown(&guest.initramfs),
     );

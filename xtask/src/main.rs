@@ -4,6 +4,7 @@
 mod bench;
 mod checks;
 mod cpio;
+mod debian;
 mod demo;
 mod deps;
 mod fuzz;
@@ -40,7 +41,8 @@ enum Task {
     /// Breaks moves of guests at random places, and counts what became of the guests
     #[command(subcommand)]
     Soak(soak::Soak),
-    /// Makes the test guest (kernel and initramfs) and prints the command that runs it
+    /// Makes the test guest (kernel and initramfs), or a whole Debian, and prints the command that
+    /// runs it
     Guest(guest::GuestArguments),
 }
 

@@ -7,9 +7,8 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, bail};
 use clap::Args;
 
-use crate::guest;
 use crate::packages::{self, Series};
-use crate::portable;
+use crate::{debian, guest, portable};
 use dunlin_testbed::process;
 
 /// Debian packages that tests use, and a program of each by which it is found.
@@ -22,7 +21,7 @@ const NEEDED: [(&str, &str); 3] = [
 /// Arguments of `cargo xtask test`.
 #[derive(Debug, Default, Args)]
 pub(crate) struct TestArguments {
-    /// Only the tests of this area, e.g. `migration`
+    /// Only the tests of this area, e.g. `migration`, `debian`, or a crate's without "dunlin-"
     area: Option<String>,
 }
 
@@ -51,6 +50,12 @@ pub(crate) fn run(arguments: &TestArguments) -> anyhow::Result<()> {
     if matches!(arguments.area.as_deref(), None | Some("x86" | "hypervisor")) {
         unavailable.extend(portable::check()?);
     }
+    let debian = match arguments.area.as_deref() {
+        None | Some("debian" | "testbed") => debian::image()
+            .inspect_err(|error| unavailable.push(format!("no Debian: {error:#}")))
+            .ok(),
+        Some(_) => None,
+    };
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     // The tests drive the release binary as a user would.
     process::run_shown(
@@ -76,9 +81,15 @@ pub(crate) fn run(arguments: &TestArguments) -> anyhow::Result<()> {
     if let Some((_, guest)) = kernels.first() {
         command.env("DUNLIN_TEST_KERNEL", &guest.kernel);
     }
+    if let Some(image) = &debian {
+        command.env("DUNLIN_TEST_DEBIAN", image);
+    }
     match arguments.area.as_deref() {
         None => {
             command.arg("--workspace");
+        }
+        Some("debian") => {
+            command.args(["--package", "dunlin-testbed", "--test", "debian"]);
         }
         Some("migration") => {
             command.args([

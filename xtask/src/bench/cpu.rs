@@ -9,9 +9,9 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::Args;
 
-use super::boot::{CMDLINE, MARKER};
+use super::boot::MARKER;
 use super::session::{Session, dunlin, qemu};
-use super::{Row, median, print};
+use super::{Row, median, print, steadiness};
 use crate::guest::{self, Guest};
 use crate::packages::{self, Series};
 use dunlin_testbed::process;
@@ -27,6 +27,16 @@ const WORK: [(&str, f64); 8] = [
     ("syscall", 0.8),
     ("sort", 0.4),
 ];
+/// What else is looked at, each a row or a few.
+const MORE: [&str; 7] = [
+    "boot",
+    "smp2",
+    "idle_pct",
+    "clock_drift",
+    "hung_boots",
+    "hung_boots_loaded",
+    "lockstep_differences",
+];
 /// Work of two processors.
 const PAIR: &str = "pair";
 const BOOT: f64 = 0.7;
@@ -35,8 +45,6 @@ const TWO_OVER_ONE: f64 = 1.7;
 const RATIO: &str = "time ratio to QEMU TCG";
 /// Whoever takes longer hangs.
 const LIMIT: Duration = Duration::from_secs(600);
-/// A boot that takes longer hangs.
-const BOOT_LIMIT: Duration = Duration::from_secs(60);
 /// A boot and all the work, run twice, and compared block by block.
 const LOCKSTEP_LIMIT: Duration = Duration::from_secs(3600);
 
@@ -46,10 +54,10 @@ pub(crate) struct CpuArguments {
     /// How many times each side runs
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
     runs: u64,
-    /// How many boots are looked at for one that hangs
+    /// How many boots are looked at for one that hangs; the same number once more on a busy host
     #[arg(long, default_value_t = 100)]
     boots: u64,
-    /// Only these pieces of work, and nothing else
+    /// Only these pieces of work and other rows, and nothing else
     #[arg(long, value_delimiter = ',', value_name = "NAME")]
     only: Vec<String>,
     /// Measure this `dunlin` instead of building one
@@ -119,10 +127,11 @@ fn cmdline(names: &[&str]) -> String {
 }
 
 pub(super) fn run(arguments: &CpuArguments) -> anyhow::Result<()> {
-    let known = |name: &str| WORK.iter().any(|work| work.0 == name);
+    let known = |name: &str| WORK.iter().any(|work| work.0 == name) || MORE.contains(&name);
     if let Some(unknown) = arguments.only.iter().find(|name| !known(name)) {
-        let names = WORK.map(|work| work.0).join(", ");
-        bail!("there is no work {unknown}; there are {names}");
+        let names = WORK.iter().map(|work| work.0).chain(MORE);
+        let names: Vec<_> = names.collect();
+        bail!("there is no row {unknown}; there are {}", names.join(", "));
     }
     process::catch_interrupts();
     let missing = packages::install(&[("qemu-system-x86", "qemu-system-x86_64")]);
@@ -139,16 +148,19 @@ pub(super) fn run(arguments: &CpuArguments) -> anyhow::Result<()> {
         .collect();
     let (mut ours, mut peer) = (Side::default(), Side::default());
     let cmdline = cmdline(&names);
-    for run in 0..arguments.runs {
-        eprintln!("run {} of {} …", run + 1, arguments.runs);
+    let runs = match names[..] {
+        [] if !wanted("boot") => 0,
+        _ => arguments.runs,
+    };
+    for run in 0..runs {
+        eprintln!("run {} of {runs} …", run + 1);
         ours.run(&mut dunlin(&binary, &guest, 1, &cmdline), &names)?;
         if missing.is_empty() {
             peer.run(&mut qemu(&guest, 1, &cmdline), &names)?;
         }
     }
     let mut rows = Vec::new();
-    let everything = arguments.only.is_empty();
-    if everything {
+    if wanted("boot") {
         rows.push(ratio("boot", BOOT, &ours.boot, &peer.boot));
     }
     let mut ratios = Vec::new();
@@ -157,7 +169,7 @@ pub(super) fn run(arguments: &CpuArguments) -> anyhow::Result<()> {
         ratios.extend(row.value);
         rows.push(row);
     }
-    if missing.is_empty() {
+    if missing.is_empty() && !names.is_empty() {
         let differ = names
             .iter()
             .filter(|&&name| ours.results.get(name) != peer.results.get(name))
@@ -171,15 +183,22 @@ pub(super) fn run(arguments: &CpuArguments) -> anyhow::Result<()> {
             names.len(),
         ));
     }
-    if everything {
+    if arguments.only.is_empty() {
         rows.push(mean(&ratios));
+    }
+    if wanted("smp2") {
         rows.extend(two_over_one(arguments, &binary, &guest)?);
-        rows.push(hung_boots(arguments, &binary, &guest)?);
+    }
+    rows.extend(steady(arguments, &binary, &guest, wanted)?);
+    if wanted("lockstep_differences") {
         rows.push(lockstep(
             &mut dunlin(&binary, &guest, 1, &cmdline),
             &names,
             &ours,
         )?);
+    }
+    if runs == 0 {
+        return print("cpu", &rows, arguments.json);
     }
     for (side, times) in [("dunlin", &ours), ("qemu", &peer)] {
         rows.push(Row::information(&format!("boot_{side}"), "s", &times.boot));
@@ -189,6 +208,33 @@ pub(super) fn run(arguments: &CpuArguments) -> anyhow::Result<()> {
         }
     }
     print("cpu", &rows, arguments.json)
+}
+
+/// What must not hang, drift or be busy.
+fn steady(
+    arguments: &CpuArguments,
+    binary: &Path,
+    guest: &Guest,
+    wanted: impl Fn(&str) -> bool,
+) -> anyhow::Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    if wanted("idle_pct") {
+        rows.extend(steadiness::idle(binary, guest)?);
+    }
+    if wanted("clock_drift") {
+        rows.push(steadiness::clock(binary, guest)?);
+    }
+    if wanted("hung_boots") {
+        rows.push(steadiness::hung_boots(binary, guest, arguments.boots)?);
+    }
+    if wanted("hung_boots_loaded") {
+        rows.push(steadiness::hung_boots_loaded(
+            binary,
+            guest,
+            arguments.boots,
+        )?);
+    }
+    Ok(rows)
 }
 
 /// Our times over the median of the peer's.
@@ -258,14 +304,4 @@ fn lockstep(command: &mut Command, names: &[&str], ours: &Side) -> anyhow::Resul
         });
     }
     Ok(row)
-}
-
-fn hung_boots(arguments: &CpuArguments, binary: &Path, guest: &Guest) -> anyhow::Result<Row> {
-    let mut hung = 0;
-    for _ in 0..arguments.boots {
-        let session = Session::run(&mut dunlin(binary, guest, 1, CMDLINE), BOOT_LIMIT)?;
-        hung += u64::from(session.said(MARKER).is_none() || !session.clean);
-    }
-    let boots = arguments.boots as usize;
-    Ok(Row::exactly("hung_boots", "boots", 0.0, hung as f64, boots))
 }

@@ -4,6 +4,7 @@ mod boot;
 mod cpu;
 mod migrate;
 mod session;
+mod steadiness;
 
 use std::process::Command;
 

@@ -79,6 +79,7 @@ pub(crate) fn run(arguments: &DemoArguments) -> anyhow::Result<()> {
             arguments.working_set, arguments.rate
         ),
         memory: "512M".to_owned(),
+        cpus: 1,
         engine: "soft".to_owned(),
         disks: Vec::new(),
     })?;
