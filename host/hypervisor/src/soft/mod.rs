@@ -13,9 +13,10 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use dunlin_guest::{Doorbell, Memory, MsiSink, Writer};
+use dunlin_guest::{Doorbell, InterruptLine, Memory, MsiSink, VectoredController, Writer};
 use dunlin_x86::cpuid::Baseline;
 use dunlin_x86::kvmclock::GuestClock;
+use dunlin_x86::lapic::{ExternalController, Mailbox};
 use dunlin_x86::memory::PhysicalMemory;
 use dunlin_x86::{CodeMap, Cpu, CpuConfig, Translation};
 use vmm_sys_util::eventfd::EventFd;
@@ -45,6 +46,26 @@ impl Doorbells {
 /// Fails with the names of the features that the software CPU lacks.
 pub(crate) fn check(baseline: &Baseline) -> Result<(), EngineError> {
     EngineError::unless_complete("soft", baseline, Cpu::missing_features(baseline))
+}
+
+/// What gives the first processor vectors from outside of its local APIC.
+#[derive(Debug)]
+struct Controller(Arc<dyn VectoredController>);
+
+impl ExternalController for Controller {
+    fn acknowledge(&self) -> u8 {
+        self.0.acknowledge()
+    }
+}
+
+/// INTR of a processor.
+#[derive(Debug)]
+struct Intr(Arc<Mailbox>);
+
+impl InterruptLine for Intr {
+    fn set_level(&self, high: bool) {
+        self.0.set_external(high);
+    }
 }
 
 /// A VM on the software CPU.
@@ -126,6 +147,18 @@ impl Vm for SoftVm {
 
     fn msi_sink(&self) -> Arc<dyn MsiSink> {
         self.router.clone()
+    }
+
+    fn connect_controller(
+        &self,
+        controller: Arc<dyn VectoredController>,
+    ) -> Result<Arc<dyn InterruptLine>, EngineError> {
+        let mailbox = self.router.mailbox(0).ok_or(EngineError::InvalidState {
+            vcpu: 0,
+            reason: "the VM has no vCPU".to_owned(),
+        })?;
+        mailbox.connect(Arc::new(Controller(controller)));
+        Ok(Arc::new(Intr(Arc::clone(mailbox))))
     }
 
     fn add_doorbell(&self, doorbell: &Doorbell) -> Result<(), EngineError> {
