@@ -166,7 +166,7 @@ pub trait Vm: Debug + Send + Sync {
 
     /// Makes `controller` the one that gives processor 0 the vectors of interrupts which come from
     /// outside of its local APIC (ExtINT). The line that is returned is the processor's INTR, which
-    /// the controller's output drives. Call it once.
+    /// the controller's output drives. Call it once. The engine does not keep the controller alive.
     ///
     /// # Errors
     /// [`EngineError::Unavailable`] when the engine does not carry such interrupts.

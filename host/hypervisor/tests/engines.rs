@@ -502,6 +502,10 @@ fn a_controller_outside_gives_vectors_while_lint0_lets_it() {
     // The level that waited is seen once it may be.
     set_lint0(&mut machine, EXTERNAL);
     assert_eq!(machine.next(), Event::Interrupt(guest::VECTOR_PLAIN));
+    // Line and controller own each other in one direction only.
+    let weak = Arc::downgrade(&controller);
+    drop((controller, machine));
+    assert!(weak.upgrade().is_none());
 }
 
 #[test]

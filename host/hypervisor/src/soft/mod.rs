@@ -11,7 +11,7 @@ mod vcpu;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 
 use dunlin_guest::{Doorbell, InterruptLine, Memory, MsiSink, VectoredController, Writer};
 use dunlin_x86::cpuid::Baseline;
@@ -48,13 +48,19 @@ pub(crate) fn check(baseline: &Baseline) -> Result<(), EngineError> {
     EngineError::unless_complete("soft", baseline, Cpu::missing_features(baseline))
 }
 
-/// What gives the first processor vectors from outside of its local APIC.
+/// What gives the first processor vectors from outside of its local APIC. The machine owns it; it
+/// owns the line to the processor in turn.
 #[derive(Debug)]
-struct Controller(Arc<dyn VectoredController>);
+struct Controller(Weak<dyn VectoredController>);
+
+/// What an empty bus reads as.
+const NO_VECTOR: u8 = 0xff;
 
 impl ExternalController for Controller {
     fn acknowledge(&self) -> u8 {
-        self.0.acknowledge()
+        // Without its machine a processor runs no more.
+        let controller = self.0.upgrade();
+        controller.map_or(NO_VECTOR, |controller| controller.acknowledge())
     }
 }
 
@@ -157,7 +163,7 @@ impl Vm for SoftVm {
             vcpu: 0,
             reason: "the VM has no vCPU".to_owned(),
         })?;
-        mailbox.connect(Arc::new(Controller(controller)));
+        mailbox.connect(Arc::new(Controller(Arc::downgrade(&controller))));
         Ok(Arc::new(Intr(Arc::clone(mailbox))))
     }
 
