@@ -54,10 +54,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("dunlin-guest-baremetal", &[]),
     ("dunlin-guest-kvmtest", &["dunlin-guest", "dunlin-x86"]),
     ("dunlin-guest-migbench", &[]),
-    (
-        "dunlin-testbed",
-        &["dunlin-guest-baremetal", "dunlin-guest-migbench"],
-    ),
+    ("dunlin-testbed", &["dunlin-guest-migbench"]),
     (
         "xtask",
         &["dunlin-boot", "dunlin-guest-migbench", "dunlin-testbed"],

@@ -15,7 +15,8 @@ pub struct RunArgs {
     /// Kernel: a bzImage, an ELF file with a PVH note, or a multiboot 1 kernel
     #[arg(long, value_name = "FILE")]
     pub kernel: PathBuf,
-    /// Initial RAM disk; for a multiboot kernel also modules: "FILE[ ARGUMENTS][,FILE...]"
+    /// Initial RAM disk; for a multiboot kernel also modules, with
+    /// arguments: "FILE ARGUMENTS,FILE"
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
     /// Kernel command line
