@@ -156,6 +156,84 @@ impl From<DebugConsoleConfig> for String {
     }
 }
 
+/// Ports with which a guest ends its VM, as text `iobase=PORT,iosize=COUNT`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct DebugExitConfig {
+    /// The first port.
+    pub port: u16,
+    /// How many; at least 1, and not beyond port 0xffff.
+    pub count: u16,
+}
+
+impl Default for DebugExitConfig {
+    /// Where QEMU has its `isa-debug-exit`.
+    fn default() -> Self {
+        Self {
+            port: 0x501,
+            count: 2,
+        }
+    }
+}
+
+impl FromStr for DebugExitConfig {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let bad = || ConfigError::DebugExit {
+            text: text.chars().take(64).collect(),
+        };
+        let mut config = Self::default();
+        for part in text.split(',').filter(|part| !part.is_empty()) {
+            let (key, value) = part.split_once('=').ok_or_else(bad)?;
+            let value = number(value).ok_or_else(bad)?;
+            match key {
+                "iobase" => config.port = value,
+                "iosize" => config.count = value,
+                _ => return Err(bad()),
+            }
+        }
+        let end = u32::from(config.port) + u32::from(config.count);
+        if config.count == 0 || end > 0x1_0000 {
+            return Err(bad());
+        }
+        Ok(config)
+    }
+}
+
+/// A number in decimal, or in hexadecimal behind `0x`.
+fn number(text: &str) -> Option<u16> {
+    match text.strip_prefix("0x") {
+        Some(digits) => u16::from_str_radix(digits, 16).ok(),
+        None => text.parse().ok(),
+    }
+}
+
+impl TryFrom<String> for DebugExitConfig {
+    type Error = ConfigError;
+
+    fn try_from(text: String) -> Result<Self, ConfigError> {
+        text.parse()
+    }
+}
+
+impl From<DebugExitConfig> for String {
+    fn from(config: DebugExitConfig) -> String {
+        format!("iobase={:#x},iosize={}", config.port, config.count)
+    }
+}
+
+/// A file that a multiboot kernel gets, with a text.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModuleConfig {
+    /// The file.
+    pub path: PathBuf,
+    /// What follows the path in the module's text.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub arguments: String,
+}
+
 /// A VM as the user asked for it. [`VmConfig::validate`] says whether it can be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -164,11 +242,14 @@ pub struct VmConfig {
     pub version: u32,
     /// Name on this host.
     pub name: VmName,
-    /// Kernel: ELF with a PVH note, or a bzImage.
+    /// Kernel: ELF with a PVH note, a bzImage, or a file with a multiboot header.
     pub kernel: PathBuf,
     /// Initial RAM disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initrd: Option<PathBuf>,
+    /// Modules of a multiboot kernel, behind the initial RAM disk.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub modules: Vec<ModuleConfig>,
     /// Kernel command line.
     pub command_line: String,
     /// Guest RAM in bytes.
@@ -193,6 +274,13 @@ pub struct VmConfig {
     /// Where the bytes go that the guest writes to its debug port; no such port when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub debug_console: Option<DebugConsoleConfig>,
+    /// Ports with which the guest ends the VM and chooses its exit status; none when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub debug_exit: Option<DebugExitConfig>,
+    /// The interrupt controllers and the timer of the first PCs (8259A, 8254); under engine `soft`
+    /// only, which [`EngineChoice::Auto`] then takes.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub legacy: bool,
     /// The software CPU interprets all that it translates as well, and the VM ends when the two
     /// differ.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -238,6 +326,12 @@ pub enum ConfigError {
         /// The VM.
         name: VmName,
     },
+    /// Legacy devices are for the software CPU.
+    #[error("VM \"{name}\" cannot have legacy devices under engine \"kvm\": they take \"soft\"")]
+    Legacy {
+        /// The VM.
+        name: VmName,
+    },
     /// The command line is too long or holds a zero byte.
     #[error(
         "the kernel command line of VM \"{name}\" has {bytes} bytes or a zero byte: at most {MAX_COMMAND_LINE} bytes without zero are possible"
@@ -280,6 +374,14 @@ pub enum ConfigError {
         /// What was given.
         text: String,
     },
+    /// Not ports for a debug exit.
+    #[error(
+        "\"{text}\" names no ports for the debug exit: write iobase=PORT,iosize=COUNT, such as iobase=0xf4,iosize=4"
+    )]
+    DebugExit {
+        /// What was given.
+        text: String,
+    },
     /// Not an Ethernet address.
     #[error("\"{text}\" is not a unicast Ethernet address such as 52:54:00:12:34:56")]
     Mac {
@@ -315,6 +417,9 @@ impl VmConfig {
         }
         if self.verify && (self.engine != EngineChoice::Soft || cpus != 1) {
             return Err(ConfigError::Verify { name: name() });
+        }
+        if self.legacy && self.engine == EngineChoice::Kvm {
+            return Err(ConfigError::Legacy { name: name() });
         }
         let bytes = self.command_line.len();
         if bytes > MAX_COMMAND_LINE || self.command_line.contains('\0') {
@@ -391,6 +496,10 @@ mod tests {
             name: "web".parse().unwrap(),
             kernel: "/boot/vmlinuz".into(),
             initrd: None,
+            modules: vec![ModuleConfig {
+                path: "/m".into(),
+                arguments: "a=1".into(),
+            }],
             command_line: "console=ttyS0".into(),
             memory_bytes: 512 << 20,
             cpus: 1,
@@ -400,6 +509,11 @@ mod tests {
             baseline: None,
             on_reboot: OnReboot::Restart,
             debug_console: Some(DebugConsoleConfig::File("/tmp/debug".into())),
+            debug_exit: Some(DebugExitConfig {
+                port: 0xf4,
+                count: 4,
+            }),
+            legacy: true,
             verify: false,
         }
     }
@@ -455,6 +569,20 @@ mod tests {
     }
 
     #[test]
+    fn legacy_devices_are_refused_under_kvm() {
+        let kvm = VmConfig {
+            engine: EngineChoice::Kvm,
+            ..config()
+        };
+        assert!(matches!(kvm.validate(), Err(ConfigError::Legacy { .. })));
+        let modern = VmConfig {
+            legacy: false,
+            ..kvm
+        };
+        modern.validate().unwrap();
+    }
+
+    #[test]
     fn a_disk_given_twice_for_writing_is_refused() {
         let disk = |read_only| DiskConfig {
             path: "/d".into(),
@@ -500,6 +628,29 @@ mod tests {
         for bad in ["", "unix:", "/tmp/x", "tcp:1"] {
             assert!(bad.parse::<DebugConsoleConfig>().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn ports_for_a_debug_exit_are_read_and_written() {
+        let read = |text: &str| text.parse::<DebugExitConfig>().map(|c| (c.port, c.count));
+        assert_eq!(read(""), Ok((0x501, 2)));
+        assert_eq!(read("iobase=0xf4"), Ok((0xf4, 2)));
+        assert_eq!(read("iosize=4,iobase=244"), Ok((0xf4, 4)));
+        assert_eq!(read("iobase=0xffff,iosize=1"), Ok((0xffff, 1)));
+        for bad in [
+            "0xf4",
+            "iobase",
+            "iobase=",
+            "iobase=0x10000",
+            "iosize=0",
+            "port=1",
+            "iobase=0xffff",
+        ] {
+            let message = bad.parse::<DebugExitConfig>().unwrap_err().to_string();
+            assert!(message.contains(&format!("\"{bad}\"")), "{message}");
+        }
+        let text = "iobase=0xf4,iosize=4";
+        assert_eq!(String::from(text.parse::<DebugExitConfig>().unwrap()), text);
     }
 
     #[test]

@@ -158,6 +158,7 @@ mod tests {
             name: "a".parse().unwrap(),
             kernel: "/k".into(),
             initrd: None,
+            modules: Vec::new(),
             command_line: String::new(),
             memory_bytes: 1 << 28,
             cpus: 1,
@@ -170,6 +171,8 @@ mod tests {
             baseline: None,
             on_reboot: OnReboot::Restart,
             debug_console: None,
+            debug_exit: None,
+            legacy: false,
             verify: false,
         };
         let before = config.macs();

@@ -29,8 +29,8 @@ pub mod snapshot;
 pub mod status;
 
 pub use config::{
-    ConfigError, DebugConsoleConfig, DiskConfig, EngineChoice, MacText, NetConfig, OnReboot,
-    VmConfig,
+    ConfigError, DebugConsoleConfig, DebugExitConfig, DiskConfig, EngineChoice, MacText,
+    ModuleConfig, NetConfig, OnReboot, VmConfig,
 };
 pub use error::{ApiError, ErrorCode};
 pub use name::{NameError, VmName};

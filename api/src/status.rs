@@ -73,6 +73,9 @@ pub struct VmStatus {
     /// Why the VM left `running`, when it did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// The exit status that the guest chose by its debug exit port, when it ended the VM so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_status: Option<u8>,
 }
 
 /// How often each kind of exit happened, since the process took the guest.

@@ -7,13 +7,16 @@ use std::sync::Arc;
 use dunlin_devices::bus::Bus;
 use dunlin_devices::component::{Component, Reach};
 use dunlin_devices::ioapic::{IoApic, PINS};
+use dunlin_devices::legacy::Fork;
+use dunlin_devices::legacy::pic::Pic;
+use dunlin_devices::legacy::pit::Pit;
 use dunlin_devices::pci::{Address, RootComplex};
 use dunlin_devices::power::PowerDevice;
 use dunlin_devices::serial::Serial;
 use dunlin_devices::virtio::entropy::Entropy;
 use dunlin_devices::virtio::pci::VirtioPci;
 use dunlin_fuzz::surroundings::Nobody;
-use dunlin_guest::{Memory, layout};
+use dunlin_guest::{Memory, VectoredController, layout};
 use libfuzzer_sys::{arbitrary, fuzz_target};
 
 #[derive(Debug, arbitrary::Arbitrary)]
@@ -32,6 +35,12 @@ enum Event<'a> {
     Input(&'a [u8]),
     Pin {
         pin: u8,
+        high: bool,
+    },
+    /// The processor takes what the legacy controllers have.
+    Acknowledge,
+    LegacyLine {
+        line: u8,
         high: bool,
     },
     EndOfInterrupt(u8),
@@ -54,6 +63,7 @@ struct Machine {
     serial: Arc<Serial>,
     ioapic: Arc<IoApic>,
     power: Arc<PowerDevice>,
+    pic: Arc<Pic>,
     components: Vec<Arc<dyn Component>>,
 }
 
@@ -61,7 +71,11 @@ impl Machine {
     fn new() -> Self {
         let (ports, mmio) = (Bus::new(), Bus::new());
         let ioapic = IoApic::new(Arc::new(Nobody));
-        let serial = Serial::new(ioapic.pin(layout::SERIAL_IRQ), Arc::new(Nobody));
+        let pic = Pic::new();
+        let timer = Fork([ioapic.pin(layout::TIMER_PIN), pic.line(0)]);
+        let pit = Pit::new(Arc::new(timer)).expect("a thread is free");
+        let line = Fork([ioapic.pin(layout::SERIAL_IRQ), pic.line(layout::SERIAL_IRQ)]);
+        let serial = Serial::new(Arc::new(line), Arc::new(Nobody));
         let power = PowerDevice::new(Arc::new(Nobody), ioapic.pin(layout::SCI_IRQ));
         let root = RootComplex::new(mmio.clone(), Arc::new(Nobody));
         let memory = Memory::new(1 << 20).expect("there is memory for a guest");
@@ -71,6 +85,8 @@ impl Machine {
         root.add(address, entropy).expect("the slot is free");
         let free = "nothing else is there";
         serial.attach(&ports).expect(free);
+        pic.attach(&ports).expect(free);
+        pit.attach(&ports).expect(free);
         power.attach(&ports).expect(free);
         root.attach(&ports, Arc::new(Nobody)).expect(free);
         mmio.insert(
@@ -84,6 +100,8 @@ impl Machine {
             Arc::clone(&ioapic) as _,
             Arc::clone(&power) as _,
             Arc::clone(&root) as _,
+            Arc::clone(&pit) as _,
+            Arc::clone(&pic) as _,
         ];
         components.extend(
             root.functions()
@@ -96,6 +114,7 @@ impl Machine {
             serial,
             ioapic,
             power,
+            pic,
             components,
         }
     }
@@ -108,8 +127,13 @@ impl Machine {
                     layout::POWER_PORT,
                     0x60,
                     layout::PCI_CONFIG_PORT,
+                    // The legacy timer and interrupt controllers.
+                    0x40,
+                    0x20,
+                    0xa0,
+                    0x4d0,
                 ];
-                let port = base[usize::from(place >> 6)] + u16::from(place % 8);
+                let port = base[usize::from(place >> 5)] + u16::from(place % 8);
                 let size = 1 << (size % 3);
                 let mut bytes = value.unwrap_or(0).to_le_bytes();
                 match value {
@@ -144,6 +168,10 @@ impl Machine {
                 self.ioapic
                     .pin(u32::from(pin) % PINS as u32)
                     .set_level(high);
+            }
+            Event::Acknowledge => drop(self.pic.acknowledge()),
+            Event::LegacyLine { line, high } => {
+                self.pic.line(u32::from(line) % 18).set_level(high);
             }
             Event::EndOfInterrupt(vector) => self.ioapic.end_of_interrupt(vector),
             Event::PowerButton => self.power.press_button(),

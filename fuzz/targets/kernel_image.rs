@@ -14,6 +14,7 @@ fuzz_target!(|data: &[u8]| {
         memory: &memory,
         kernel: &kernel.path(),
         initrd: None,
+        modules: &[],
         command_line: "console=ttyS0",
         rsdp: GuestAddress(layout::ACPI_TABLES_START),
     });

@@ -51,6 +51,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         ],
     ),
     ("dunlin-guest-agent", &[]),
+    ("dunlin-guest-baremetal", &[]),
     ("dunlin-guest-kvmtest", &["dunlin-guest", "dunlin-x86"]),
     ("dunlin-guest-migbench", &[]),
     ("dunlin-testbed", &["dunlin-guest-migbench"]),

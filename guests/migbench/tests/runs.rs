@@ -83,6 +83,7 @@ impl Machine {
             memory: &machine.memory,
             kernel: file.path(),
             initrd: None,
+            modules: &[],
             command_line: &parameters.to_string(),
             rsdp: dunlin_guest::GuestAddress(0),
         })

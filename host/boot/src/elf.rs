@@ -1,4 +1,5 @@
-//! ELF64 files with a PVH note, the form in which a guest kernel is loaded.
+//! ELF files: ELF64 with a PVH note, the form in which a guest kernel is loaded, and the ELF32 and
+//! ELF64 files of multiboot kernels.
 //!
 //! System V ABI, chapters 4 and 5 (file header, program headers, notes); PVH boot protocol (the
 //! note of the owner "Xen" with the 32-bit entry).
@@ -8,9 +9,13 @@ use vm_memory::Bytes;
 
 const MAGIC: &[u8] = b"\x7fELF";
 const HEADER_SIZE: usize = 64;
+const HEADER_SIZE_32: usize = 52;
 const PROGRAM_HEADER_SIZE: usize = 56;
+const PROGRAM_HEADER_SIZE_32: usize = 32;
+const CLASS_32: u8 = 1;
 const CLASS_64: u8 = 2;
 const LITTLE_ENDIAN: u8 = 1;
+const MACHINE_386: u16 = 3;
 const MACHINE_X86_64: u16 = 62;
 const SEGMENT_LOAD: u32 = 1;
 const SEGMENT_NOTE: u32 = 4;
@@ -49,11 +54,23 @@ pub enum ElfError {
         /// e_machine.
         machine: u16,
     },
+    /// Another architecture, in a multiboot kernel.
+    #[error(
+        "the ELF file is not for 32-bit or 64-bit x86 (class {class}, byte order {order}, machine {machine})"
+    )]
+    NotX86 {
+        /// EI_CLASS.
+        class: u8,
+        /// EI_DATA.
+        order: u8,
+        /// e_machine.
+        machine: u16,
+    },
     /// Not built for PVH.
     #[error("the ELF file has no PVH entry note: Linux needs CONFIG_PVH=y")]
     NoPvhNote,
     /// The entry lies in no segment.
-    #[error("the PVH entry {entry:#x} lies in no segment of the ELF file")]
+    #[error("the entry {entry:#x} lies in no segment of the ELF file")]
     EntryOutside {
         /// The entry.
         entry: u64,
@@ -82,7 +99,7 @@ pub enum ElfError {
 /// A loaded kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct LoadedKernel {
-    /// PVH entry.
+    /// The first instruction.
     pub(crate) entry: u32,
     /// First address above the kernel.
     pub(crate) end: u64,
@@ -92,6 +109,7 @@ pub(crate) struct LoadedKernel {
 struct ProgramHeader {
     kind: u32,
     offset: u64,
+    virtual_address: u64,
     physical: u64,
     file_size: u64,
     memory_size: u64,
@@ -102,28 +120,80 @@ pub(crate) fn is_elf(image: &[u8]) -> bool {
     image.starts_with(MAGIC)
 }
 
-/// Loads the segments and finds the entry. Nothing is written unless all of it fits.
+/// Is it an ELF64 file with a readable PVH note?
+pub(crate) fn has_pvh_note(image: &[u8]) -> bool {
+    let headers = program_headers(image);
+    headers.is_ok_and(|headers| pvh_entry(image, &headers).is_ok())
+}
+
+/// Loads the segments and finds the entry that the PVH note names. Nothing is written unless all
+/// of it fits.
 pub(crate) fn load(image: &[u8], memory: &Memory) -> Result<LoadedKernel, ElfError> {
     let headers = program_headers(image)?;
-    let loads = || {
-        let all = headers.iter().filter(|header| header.kind == SEGMENT_LOAD);
-        all.filter(|header| header.memory_size > 0)
+    let end = check_segments(image, &headers, memory)?;
+    let entry = pvh_entry(image, &headers)?;
+    load_checked(image, &headers, memory, LoadedEntry { entry, end })
+}
+
+/// Loads an ELF32 or ELF64 file that starts at the entry in its header, in 32-bit code. That is a
+/// virtual address; a kernel that is linked for another one starts at the physical address of the
+/// same byte, as with other loaders.
+pub(crate) fn load_by_entry(image: &[u8], memory: &Memory) -> Result<LoadedKernel, ElfError> {
+    let (headers, entry) = program_headers_of_any(image)?;
+    let end = check_segments(image, &headers, memory)?;
+    let physical = |h: &ProgramHeader| {
+        let at = entry.checked_sub(h.virtual_address)?;
+        (at < h.memory_size).then(|| h.physical + at)
     };
+    let entry = loads(&headers).find_map(physical).unwrap_or(entry);
+    load_checked(image, &headers, memory, LoadedEntry { entry, end })
+}
+
+/// The segments to load.
+fn loads(headers: &[ProgramHeader]) -> impl Iterator<Item = &ProgramHeader> {
+    let all = headers.iter().filter(|header| header.kind == SEGMENT_LOAD);
+    all.filter(|header| header.memory_size > 0)
+}
+
+/// Checks all segments; the end of the highest.
+fn check_segments(
+    image: &[u8],
+    headers: &[ProgramHeader],
+    memory: &Memory,
+) -> Result<u64, ElfError> {
     let ram_end = memory.size().min(layout::LOW_RAM_END);
     let mut end = 0;
-    for header in loads() {
+    for header in loads(headers) {
         end = end.max(check_segment(image, header, ram_end)?);
     }
     if end == 0 {
         return Err(ElfError::Empty);
     }
-    let entry = pvh_entry(image, &headers)?;
+    Ok(end)
+}
+
+/// Where a kernel starts and ends.
+#[derive(Debug, Clone, Copy)]
+struct LoadedEntry {
+    entry: u64,
+    end: u64,
+}
+
+/// Writes segments that were checked.
+fn load_checked(
+    image: &[u8],
+    headers: &[ProgramHeader],
+    memory: &Memory,
+    LoadedEntry { entry, end }: LoadedEntry,
+) -> Result<LoadedKernel, ElfError> {
     let inside = |h: &ProgramHeader| (h.physical..h.physical + h.memory_size).contains(&entry);
-    let (true, Ok(entry32)) = (loads().any(inside), u32::try_from(entry)) else {
+    let (true, Ok(entry32)) = (loads(headers).any(inside), u32::try_from(entry)) else {
         return Err(ElfError::EntryOutside { entry });
     };
-    for header in loads() {
-        write_segment(image, header, memory)?;
+    for header in loads(headers) {
+        let data = slice(image, header.offset, header.file_size, "a segment")?;
+        write_cleared(memory, header.physical, data, header.memory_size)
+            .map_err(ElfError::Memory)?;
     }
     let entry = entry32;
     Ok(LoadedKernel { entry, end })
@@ -151,10 +221,54 @@ fn program_headers(image: &[u8]) -> Result<Vec<ProgramHeader>, ElfError> {
     Ok(entries.map(program_header).collect())
 }
 
+/// The program headers and the entry of an ELF32 or ELF64 file.
+fn program_headers_of_any(image: &[u8]) -> Result<(Vec<ProgramHeader>, u64), ElfError> {
+    let header = slice(image, 0, HEADER_SIZE_32 as u64, "the file header")?;
+    let (class, order, machine) = (header[4], header[5], u16_at(header, 18));
+    match (class, order, machine) {
+        (CLASS_64, LITTLE_ENDIAN, MACHINE_X86_64) => {
+            let headers = program_headers(image)?;
+            Ok((headers, u64_at(image, 24)))
+        }
+        (CLASS_32, LITTLE_ENDIAN, MACHINE_386) => {
+            let entry = u32_at(header, 24).into();
+            let (start, size) = (u32_at(header, 28), u16_at(header, 42));
+            if usize::from(size) != PROGRAM_HEADER_SIZE_32 {
+                return Err(ElfError::Damaged {
+                    what: "program headers are not 32 bytes each",
+                });
+            }
+            let length = u64::from(u16_at(header, 44)) * PROGRAM_HEADER_SIZE_32 as u64;
+            let table = slice(image, start.into(), length, "the program header table")?;
+            let entries = table.chunks_exact(PROGRAM_HEADER_SIZE_32);
+            Ok((entries.map(program_header_32).collect(), entry))
+        }
+        _ => Err(ElfError::NotX86 {
+            class,
+            order,
+            machine,
+        }),
+    }
+}
+
+fn program_header_32(bytes: &[u8]) -> ProgramHeader {
+    let field = |at| u64::from(u32_at(bytes, at));
+    ProgramHeader {
+        kind: u32_at(bytes, 0),
+        offset: field(4),
+        virtual_address: field(8),
+        physical: field(12),
+        file_size: field(16),
+        memory_size: field(20),
+        align: field(28),
+    }
+}
+
 fn program_header(bytes: &[u8]) -> ProgramHeader {
     ProgramHeader {
         kind: u32_at(bytes, 0),
         offset: u64_at(bytes, 8),
+        virtual_address: u64_at(bytes, 16),
         physical: u64_at(bytes, 24),
         file_size: u64_at(bytes, 32),
         memory_size: u64_at(bytes, 40),
@@ -181,21 +295,22 @@ fn check_segment(image: &[u8], header: &ProgramHeader, ram_end: u64) -> Result<u
     }
 }
 
-/// Copies one segment, and clears what the file does not fill: after a reset, RAM is not zero.
-fn write_segment(image: &[u8], header: &ProgramHeader, memory: &Memory) -> Result<(), ElfError> {
+/// Copies `data` to `start`, and clears what it does not fill of `size` bytes: after a reset, RAM
+/// is not zero.
+pub(crate) fn write_cleared(
+    memory: &Memory,
+    start: u64,
+    data: &[u8],
+    size: u64,
+) -> Result<(), vm_memory::GuestMemoryError> {
     static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
-    let data = slice(image, header.offset, header.file_size, "a segment")?;
     let mapping = memory.mapping();
-    mapping
-        .write_slice(data, GuestAddress(header.physical))
-        .map_err(ElfError::Memory)?;
-    let end = header.physical + header.memory_size;
-    let mut at = header.physical + header.file_size;
+    mapping.write_slice(data, GuestAddress(start))?;
+    let end = start + size;
+    let mut at = start + data.len() as u64;
     while at < end {
         let length = (end - at).min(ZEROS.len() as u64);
-        mapping
-            .write_slice(&ZEROS[..length as usize], GuestAddress(at))
-            .map_err(ElfError::Memory)?;
+        mapping.write_slice(&ZEROS[..length as usize], GuestAddress(at))?;
         at += length;
     }
     Ok(())

@@ -1,17 +1,21 @@
-//! Loads a kernel into guest memory: ELF by PVH; a bzImage is unpacked on the host first.
+//! Loads a kernel into guest memory: ELF by PVH, multiboot 1; a bzImage is unpacked on the host first.
 //!
 //! ```text
 //!  file ─┬─ ELF64 (vmlinux) ───────────────────────────┬─► segments at 1 MiB and above
-//!        └─ bzImage ─► setup header ─► unpacked payload ┘
+//!        ├─ bzImage ─► setup header ─► unpacked payload ┘             ▲
+//!        └─ multiboot header ─► ELF or one piece ─────────────────────┘
 //!  initrd ─► end of low RAM        command line, memory map, start info ─► below 640 KiB
 //! ```
 //!
-//! The guest then starts at [`EntryState::entry`] as the PVH boot protocol says
-//! (<https://xenbits.xen.org/docs/unstable/misc/pvh.html>). Files are untrusted: every offset in
-//! them is checked, and an unpacked kernel has a bound. Must not depend on anything of ours but the guest.
+//! What a file is, is decided in this order: an ELF file with a PVH note, a bzImage, a file with a
+//! multiboot header. The guest then starts at [`EntryState::entry`] as the PVH boot protocol says
+//! (<https://xenbits.xen.org/docs/unstable/misc/pvh.html>), or as [`multiboot`] does. Files are
+//! untrusted: every offset in them is checked, and an unpacked kernel has a bound. Must not depend
+//! on anything of ours but the guest.
 
 mod bzimage;
 mod elf;
+pub mod multiboot;
 mod start_info;
 mod unpack;
 
@@ -24,6 +28,7 @@ use vm_memory::Bytes;
 
 pub use bzimage::BzImageError;
 pub use elf::ElfError;
+pub use multiboot::MultibootError;
 pub use start_info::{MemoryKind, MemoryRange, memory_map};
 pub use unpack::{Compression, UnpackError};
 
@@ -38,19 +43,31 @@ const MAX_KERNEL: u64 = 1 << 30;
 pub struct LoadContext<'a> {
     /// RAM of the guest.
     pub memory: &'a Memory,
-    /// The kernel: an ELF file with a PVH note, or a bzImage of one.
+    /// The kernel: an ELF file with a PVH note, a bzImage of one, or a file with a multiboot header.
     pub kernel: &'a Path,
-    /// Initial RAM disk, handed to the guest as it is.
+    /// Initial RAM disk, handed to the guest as it is; the first module of a multiboot kernel.
     pub initrd: Option<&'a Path>,
+    /// Further modules, for a multiboot kernel only.
+    pub modules: &'a [Module],
     /// Command line.
     pub command_line: &'a str,
     /// Address of the ACPI root pointer.
     pub rsdp: GuestAddress,
 }
 
-/// How the first processor starts (PVH boot protocol, "initial machine state"):
+/// A file that is handed to a multiboot kernel, with a text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Module {
+    /// The file.
+    pub path: PathBuf,
+    /// What the kernel finds behind the path in the module's text.
+    pub arguments: String,
+}
+
+/// How the first processor starts (PVH boot protocol, "initial machine state", and Multiboot
+/// 0.6.96, 3.2, which asks for nothing more):
 ///
-/// - EIP = `entry`, EBX = `start_info`, EFLAGS with VM, IF and TF clear (0x2);
+/// - EIP = `entry`, EAX = `magic`, EBX = `start_info`, EFLAGS with VM, IF and TF clear (0x2);
 /// - CR0 with PE set and the other writable bits clear (0x11 with the fixed ET): protected mode,
 ///   no paging; CR4 = 0, EFER = 0;
 /// - CS: 32-bit execute/read code, base 0, limit 4 GiB - 1 (access rights 0xc09b);
@@ -62,8 +79,10 @@ pub struct LoadContext<'a> {
 pub struct EntryState {
     /// Address of the first instruction.
     pub entry: u32,
-    /// Address of the start info.
+    /// Address of the start info, or of the multiboot information.
     pub start_info: u32,
+    /// By what a multiboot kernel knows its loader (0x2badb002); 0 for PVH.
+    pub magic: u32,
 }
 
 /// Why the guest cannot be started from these files.
@@ -72,7 +91,7 @@ pub enum LoadError {
     /// A file cannot be opened or read.
     #[error("failed to read {what} \"{}\"", path.display())]
     Read {
-        /// "kernel" or "initrd".
+        /// "kernel", "initrd" or "module".
         what: &'static str,
         /// The file.
         path: PathBuf,
@@ -83,7 +102,7 @@ pub enum LoadError {
     /// A directory, or another thing that is no file.
     #[error("{what} \"{}\" is not a regular file", path.display())]
     NotAFile {
-        /// "kernel" or "initrd".
+        /// "kernel", "initrd" or "module".
         what: &'static str,
         /// The path.
         path: PathBuf,
@@ -96,8 +115,11 @@ pub enum LoadError {
         /// Its size.
         size: u64,
     },
-    /// Neither ELF nor bzImage.
-    #[error("kernel \"{}\" is neither an ELF file nor a bzImage", path.display())]
+    /// Nothing that can be booted.
+    #[error(
+        "kernel \"{}\" is neither an ELF file nor a bzImage, and has no multiboot header",
+        path.display()
+    )]
     UnknownFormat {
         /// The file.
         path: PathBuf,
@@ -119,6 +141,37 @@ pub enum LoadError {
         /// What is wrong.
         #[source]
         source: ElfError,
+    },
+    /// A multiboot kernel that cannot be used.
+    #[error("multiboot kernel \"{}\" cannot be booted", path.display())]
+    Multiboot {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        #[source]
+        source: MultibootError,
+    },
+    /// Modules for a kernel that takes none.
+    #[error(
+        "kernel \"{}\" takes no modules: only a multiboot kernel does, others one initrd",
+        path.display()
+    )]
+    Modules {
+        /// The kernel.
+        path: PathBuf,
+    },
+    /// No room above the kernel.
+    #[error(
+        "module \"{}\" has {size} bytes, {room} are free above the kernel: give the guest more memory",
+        path.display()
+    )]
+    ModuleTooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Its size.
+        size: u64,
+        /// What is free.
+        room: u64,
     },
     /// No room between the kernel and the end of low RAM.
     #[error(
@@ -162,7 +215,21 @@ pub fn load(context: &LoadContext<'_>) -> Result<EntryState, LoadError> {
         return Err(LoadError::CommandLine { length });
     }
     let path = context.kernel;
-    let image = kernel_image(path)?;
+    let image = read(path)?;
+    if !elf::has_pvh_note(&image) && !bzimage::is_bzimage(&image) {
+        let header = multiboot::Header::find(&image).map_err(|source| LoadError::Multiboot {
+            path: path.to_owned(),
+            source,
+        })?;
+        if let Some(header) = header {
+            return multiboot::load(context, &image, &header);
+        }
+    }
+    if !context.modules.is_empty() {
+        let path = path.to_owned();
+        return Err(LoadError::Modules { path });
+    }
+    let image = unpacked(path, image)?;
     let loaded = elf::load(&image, context.memory).map_err(|source| LoadError::Elf {
         path: path.to_owned(),
         source,
@@ -181,6 +248,7 @@ pub fn load(context: &LoadContext<'_>) -> Result<EntryState, LoadError> {
     Ok(EntryState {
         entry: loaded.entry,
         start_info,
+        magic: 0,
     })
 }
 
@@ -189,6 +257,11 @@ pub fn load(context: &LoadContext<'_>) -> Result<EntryState, LoadError> {
 /// # Errors
 /// [`LoadError`] when the file cannot be read, is of another kind, or does not unpack.
 pub fn kernel_image(path: &Path) -> Result<Vec<u8>, LoadError> {
+    unpacked(path, read(path)?)
+}
+
+/// All of the kernel's file.
+fn read(path: &Path) -> Result<Vec<u8>, LoadError> {
     let (mut file, size) = open("kernel", path)?;
     let path = || path.to_owned();
     if size > MAX_KERNEL {
@@ -201,9 +274,15 @@ pub fn kernel_image(path: &Path) -> Result<Vec<u8>, LoadError> {
         path: path(),
         source,
     })?;
+    Ok(image)
+}
+
+/// The ELF image in what was read from `path`.
+fn unpacked(path: &Path, image: Vec<u8>) -> Result<Vec<u8>, LoadError> {
     if elf::is_elf(&image) {
         return Ok(image);
     }
+    let path = || path.to_owned();
     if !bzimage::is_bzimage(&image) {
         return Err(LoadError::UnknownFormat { path: path() });
     }

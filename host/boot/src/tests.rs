@@ -115,6 +115,7 @@ impl Files {
             memory: &self.memory,
             kernel,
             initrd,
+            modules: &[],
             command_line,
             rsdp: RSDP,
         })

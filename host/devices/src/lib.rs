@@ -8,7 +8,9 @@ pub mod acpi;
 pub mod bus;
 pub mod component;
 pub mod debug_console;
+pub mod debug_exit;
 pub mod ioapic;
+pub mod legacy;
 pub mod pci;
 pub mod power;
 #[cfg(test)]

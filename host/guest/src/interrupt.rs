@@ -21,6 +21,15 @@ pub trait MsiSink: Send + Sync + Debug {
     fn signal(&self, msi: Msi);
 }
 
+/// An interrupt controller that the processor itself asks for the vector (ExtINT; SDM vol. 3,
+/// 11.5.1), as the pair of 8259A is one.
+pub trait VectoredController: Send + Sync + Debug {
+    /// The processor takes the interrupt that the controller's output announced (the two INTA
+    /// cycles of the bus): the vector. Called from a vCPU thread: must not wait for one. An
+    /// interrupt that is gone meanwhile is a spurious one, which has a vector, too.
+    fn acknowledge(&self) -> u8;
+}
+
 /// One input pin of an interrupt controller.
 pub trait InterruptLine: Send + Sync + Debug {
     /// Drives the pin. Setting the level that it already has changes nothing.

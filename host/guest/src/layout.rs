@@ -49,6 +49,8 @@ pub const PCI_MMIO64_SIZE: u64 = 0x40_0000_0000;
 /// RAM for the largest guest: it must end below [`PCI_MMIO64_START`].
 pub const MAX_RAM: u64 = PCI_MMIO64_START - HIGH_RAM_START + LOW_RAM_END;
 
+/// I/O APIC pin of the legacy timer, where PCs have it; ISA interrupt 0 at the legacy controllers.
+pub const TIMER_PIN: u32 = 2;
 /// I/O APIC pin of the first serial port (the ISA interrupt 4).
 pub const SERIAL_IRQ: u32 = 4;
 /// I/O APIC pin of the ACPI system control interrupt.

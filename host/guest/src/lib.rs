@@ -19,7 +19,7 @@ pub mod saved;
 
 pub use dirty::{Authorship, DirtyLog, DirtyRange, PageSet, Writer};
 pub use doorbell::Doorbell;
-pub use interrupt::{InterruptLine, Msi, MsiSink};
+pub use interrupt::{InterruptLine, Msi, MsiSink, VectoredController};
 pub use memory::{Memory, MemoryError, PageIndex, RamRegion};
 pub use saved::{RestoreError, SavedState};
 pub use vm_memory::GuestAddress;

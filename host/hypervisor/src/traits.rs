@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use dunlin_guest::{Doorbell, MsiSink};
+use dunlin_guest::{Doorbell, InterruptLine, MsiSink, VectoredController};
 use dunlin_x86::cpuid::Baseline;
 use dunlin_x86::state::CpuState;
 
@@ -163,6 +163,17 @@ pub trait Vm: Debug + Send + Sync {
 
     /// Where devices and the I/O APIC send their messages.
     fn msi_sink(&self) -> Arc<dyn MsiSink>;
+
+    /// Makes `controller` the one that gives processor 0 the vectors of interrupts which come from
+    /// outside of its local APIC (ExtINT). The line that is returned is the processor's INTR, which
+    /// the controller's output drives. Call it once. The engine does not keep the controller alive.
+    ///
+    /// # Errors
+    /// [`EngineError::Unavailable`] when the engine does not carry such interrupts.
+    fn connect_controller(
+        &self,
+        controller: Arc<dyn VectoredController>,
+    ) -> Result<Arc<dyn InterruptLine>, EngineError>;
 
     /// Rings `doorbell.event` at writes to its address without an exit, from now on. An engine
     /// that cannot returns without effect; the write then arrives as [`Exit::MmioWrite`].

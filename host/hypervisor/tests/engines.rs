@@ -6,10 +6,11 @@
 )]
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use dunlin_guest::{Doorbell, Memory, Msi, PageIndex, PageSet};
+use dunlin_guest::{Doorbell, InterruptLine, Memory, Msi, PageIndex, PageSet, VectoredController};
 use dunlin_guest_kvmtest::{self as guest, Program};
 use dunlin_hypervisor::kvm::KvmVm;
 use dunlin_hypervisor::probe::measure_ring0;
@@ -445,6 +446,66 @@ fn messages_interrupt_a_halted_guest_and_level_ones_report_their_end() {
             assert_eq!(found, expected, "{engine:?}");
         }
     }
+}
+
+/// A controller with one vector, which counts how often it was taken.
+#[derive(Debug, Default)]
+struct OneVector {
+    intr: OnceLock<Arc<dyn InterruptLine>>,
+    taken: AtomicUsize,
+}
+
+impl VectoredController for OneVector {
+    fn acknowledge(&self) -> u8 {
+        self.taken.fetch_add(1, Ordering::Relaxed);
+        self.intr.get().unwrap().set_level(false);
+        guest::VECTOR_PLAIN
+    }
+}
+
+#[test]
+fn a_controller_outside_gives_vectors_while_lint0_lets_it() {
+    const LINT0: usize = 0x350;
+    const EXTERNAL: u32 = 7 << 8;
+    const MASKED: u32 = 1 << 16;
+    let mut machine = Machine::new(Engine::Soft, 1);
+    let controller = Arc::new(OneVector::default());
+    let intr = machine.vm.connect_controller(controller.clone()).unwrap();
+    controller.intr.set(intr.clone()).unwrap();
+    guest::load(&machine.memory, Program::Interrupts);
+    let reset = machine.vcpus[0].save().unwrap();
+    let mut state = guest::boot_state(&reset);
+    machine.vcpus[0].restore(&state).unwrap();
+    let _watchdog = watchdog(machine.vcpus[0].handle());
+    assert_eq!(machine.next(), Event::Ready);
+    let mut set_lint0 = |machine: &mut Machine, entry: u32| {
+        machine.vcpus[0].quiesce().unwrap();
+        state = machine.vcpus[0].save().unwrap();
+        state.apic.registers[LINT0..LINT0 + 4].copy_from_slice(&entry.to_le_bytes());
+        machine.vcpus[0].restore(&state).unwrap();
+    };
+    set_lint0(&mut machine, EXTERNAL);
+    for round in 1..=3 {
+        let intr = intr.clone();
+        let raiser = std::thread::spawn(move || intr.set_level(true));
+        assert_eq!(machine.next(), Event::Interrupt(guest::VECTOR_PLAIN));
+        raiser.join().unwrap();
+        assert_eq!(controller.taken.load(Ordering::Relaxed), round);
+    }
+    set_lint0(&mut machine, EXTERNAL | MASKED);
+    intr.set_level(true);
+    machine.vcpus[0].handle().kick();
+    assert_eq!(machine.next(), Event::Kicked);
+    machine.msi(guest::VECTOR_LEVEL.into());
+    assert_eq!(machine.next(), Event::Interrupt(guest::VECTOR_LEVEL));
+    assert_eq!(controller.taken.load(Ordering::Relaxed), 3);
+    // The level that waited is seen once it may be.
+    set_lint0(&mut machine, EXTERNAL);
+    assert_eq!(machine.next(), Event::Interrupt(guest::VECTOR_PLAIN));
+    // Line and controller own each other in one direction only.
+    let weak = Arc::downgrade(&controller);
+    drop((controller, machine));
+    assert!(weak.upgrade().is_none());
 }
 
 #[test]

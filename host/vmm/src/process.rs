@@ -40,10 +40,10 @@ pub fn run(spec: LaunchSpec) -> ExitCode {
                 tracing::error!(reason = status.reason, "the VM ended out of order");
             }
             parent.tell(&LaunchReply::Ended(status));
-            if orderly {
-                ExitCode::SUCCESS
-            } else {
-                ExitCode::FAILURE
+            match ending.exit_status() {
+                Some(status) => ExitCode::from(status),
+                None if orderly => ExitCode::SUCCESS,
+                None => ExitCode::FAILURE,
             }
         }
         Err(error) => {

@@ -5,15 +5,18 @@ use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
 use dunlin_api::size::parse_size;
-use dunlin_api::{DebugConsoleConfig, EngineChoice, MacText, OnReboot, VmName};
+use dunlin_api::{
+    DebugConsoleConfig, DebugExitConfig, EngineChoice, MacText, ModuleConfig, OnReboot, VmName,
+};
 
 /// Arguments of `run`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// Kernel: a bzImage or an ELF file with a PVH note
+    /// Kernel: a bzImage, an ELF file with a PVH note, or a multiboot 1 kernel
     #[arg(long, value_name = "FILE")]
     pub kernel: PathBuf,
-    /// Initial RAM disk
+    /// Initial RAM disk; for a multiboot kernel also modules, with
+    /// arguments: "FILE ARGUMENTS,FILE"
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
     /// Kernel command line
@@ -47,6 +50,14 @@ pub struct RunArgs {
     /// Give the guest a debug port (0xe9), whose bytes go to a socket or are appended to a file
     #[arg(long, value_name = "unix:PATH|file:PATH")]
     pub debugcon: Option<DebugConsoleConfig>,
+    /// Give the guest ports with which it ends the VM; twice what it writes, plus one, is the exit
+    /// status. PORTS: "iobase=0x501,iosize=2" when absent
+    #[arg(long, value_name = "PORTS", num_args = 0..=1, default_missing_value = "")]
+    pub isa_debug_exit: Option<DebugExitConfig>,
+    /// Give the guest the interrupt controllers and the timer of the first PCs (8259A, 8254), beside
+    /// the APICs; under engine "soft"
+    #[arg(long)]
+    pub legacy: bool,
     /// Name of the VM; "vm-" and the process id when absent
     #[arg(long)]
     pub name: Option<VmName>,
@@ -176,9 +187,52 @@ impl FromStr for NetArgument {
     }
 }
 
+/// `FILE[ ARGUMENTS][,FILE...]`: modules as QEMU reads them. A comma in a name or in arguments is
+/// written twice.
+///
+/// # Errors
+/// When a module has no name.
+pub fn modules(text: &str) -> Result<Vec<ModuleConfig>, String> {
+    // A comma that is meant cannot be part of what the shell hands over.
+    let parts = text.replace(",,", "\0");
+    let parts = parts.split(',').map(|part| part.replace('\0', ","));
+    parts
+        .map(|part| {
+            let (path, arguments) = part.split_once(' ').unwrap_or((&part, ""));
+            if path.is_empty() {
+                return Err(format!("\"{text}\" has a module without a name"));
+            }
+            Ok(ModuleConfig {
+                path: path.into(),
+                arguments: arguments.into(),
+            })
+        })
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn modules_are_separated_by_commas_and_have_arguments() {
+        let read = |text| {
+            let modules = modules(text)?.into_iter();
+            Ok(modules
+                .map(|module| (module.path.display().to_string(), module.arguments))
+                .collect::<Vec<_>>())
+        };
+        let pair = |path: &str, arguments: &str| (path.to_owned(), arguments.to_owned());
+        assert_eq!(
+            read("/a x=1 y,/b"),
+            Ok(vec![pair("/a", "x=1 y"), pair("/b", "")])
+        );
+        assert_eq!(read("/a,,b 1,,2"), Ok(vec![pair("/a,b", "1,2")]));
+        for bad in ["/a,", ",/a", " x", "/a, x"] {
+            let refused: Result<_, String> = read(bad);
+            assert!(refused.unwrap_err().contains(bad), "{bad}");
+        }
+    }
 
     #[test]
     fn a_disk_may_be_read_only() {

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use dunlin_api::VmName;
 
-pub use guest::{DiskArgument, NetArgument, OnRebootArgument, RestoreArgs, RunArgs};
+pub use guest::{DiskArgument, NetArgument, OnRebootArgument, RestoreArgs, RunArgs, modules};
 pub use moves::{ExplainArgument, HandOverArgs, MigrateArgs, ReceiveArgs, SaveArgs};
 pub use security::{CertificatesArgs, HostArgument, TargetArgument, TlsArgument};
 pub use switch::SwitchArgs;

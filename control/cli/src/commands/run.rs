@@ -1,14 +1,17 @@
 //! `run` and `restore`: a VM process with this terminal as its console.
 
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use dunlin_api::launch::{GuestOrigin, LaunchReply, Overrides, Start};
 use dunlin_api::snapshot::Reading;
 use dunlin_api::status::{VmState, VmStatus};
-use dunlin_api::{DebugConsoleConfig, DiskConfig, NetConfig, VERSION, VmConfig, VmName};
+use dunlin_api::{
+    DebugConsoleConfig, DiskConfig, ModuleConfig, NetConfig, VERSION, VmConfig, VmName,
+};
 
 use super::absolute;
-use crate::args::{DiskArgument, NetArgument, RestoreArgs, RunArgs};
+use crate::args::{DiskArgument, NetArgument, RestoreArgs, RunArgs, modules};
 use crate::client::Client;
 use crate::error::CliError;
 use crate::launch::VmProcess;
@@ -46,11 +49,16 @@ fn configuration(args: RunArgs) -> Result<VmConfig, CliError> {
         Some(name) => name,
         None => default_name()?,
     };
+    let (initrd, modules) = match &args.initrd {
+        Some(text) => initrd(text)?,
+        None => (None, Vec::new()),
+    };
     Ok(VmConfig {
         version: VERSION,
         name,
         kernel: absolute(&args.kernel)?,
-        initrd: args.initrd.as_deref().map(absolute).transpose()?,
+        initrd,
+        modules,
         command_line: args.cmdline,
         memory_bytes: args.memory,
         cpus: args.cpus,
@@ -60,8 +68,25 @@ fn configuration(args: RunArgs) -> Result<VmConfig, CliError> {
         baseline: args.baseline,
         on_reboot: args.on_reboot.into(),
         debug_console: args.debugcon.map(debug_console).transpose()?,
+        debug_exit: args.isa_debug_exit,
+        legacy: args.legacy,
         verify: args.verify,
     })
+}
+
+/// One initial RAM disk, or a list of modules. What names a file is that file, whatever characters
+/// its name has.
+fn initrd(text: &Path) -> Result<(Option<PathBuf>, Vec<ModuleConfig>), CliError> {
+    match text.to_str() {
+        Some(list) if list.contains([',', ' ']) && !text.exists() => {
+            let mut modules = modules(list).map_err(CliError::Argument)?;
+            for module in &mut modules {
+                module.path = absolute(&module.path)?;
+            }
+            Ok((None, modules))
+        }
+        _ => Ok((Some(absolute(text)?), Vec::new())),
+    }
 }
 
 fn default_name() -> Result<VmName, CliError> {
@@ -199,10 +224,10 @@ async fn foreground(
             let orderly = process.wait()?.success();
             printer.result(&last, String::new);
             printer.note(&format!("{name}: {}", describe(&last)));
-            Ok(if orderly {
-                ExitCode::SUCCESS
-            } else {
-                ExitCode::FAILURE
+            Ok(match last.exit_status {
+                Some(status) => ExitCode::from(status),
+                None if orderly => ExitCode::SUCCESS,
+                None => ExitCode::FAILURE,
             })
         }
     }

@@ -59,12 +59,21 @@ pub enum AcpiError {
     Memory(#[source] vm_memory::GuestMemoryError),
 }
 
+/// Are there 8259A and 8254?
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LegacyDevices {
+    /// Only the APICs.
+    Absent,
+    /// Both; the timer is at I/O APIC pin [`layout::TIMER_PIN`] as well.
+    Present,
+}
+
 /// Writes the tables and the reset vector of a machine with `cpus` processors, whose local APIC IDs count from 0.
 /// Returns the address of the root pointer (RSDP).
 ///
 /// # Errors
 /// [`AcpiError`] when the number of processors cannot be or memory is too small.
-pub fn build(memory: &Memory, cpus: u32) -> Result<GuestAddress, AcpiError> {
+pub fn build(memory: &Memory, cpus: u32, legacy: LegacyDevices) -> Result<GuestAddress, AcpiError> {
     if !(1..=MAX_CPUS).contains(&cpus) {
         return Err(AcpiError::Cpus { cpus });
     }
@@ -74,7 +83,7 @@ pub fn build(memory: &Memory, cpus: u32) -> Result<GuestAddress, AcpiError> {
     };
     let dsdt = tables.append(dsdt::dsdt(cpus).as_slice());
     let fadt = tables.append(&bytes_of(&fadt(dsdt)));
-    let madt = tables.append(madt(cpus).as_slice());
+    let madt = tables.append(madt(cpus, legacy).as_slice());
     let mcfg = tables.append(&bytes_of(&mcfg()));
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
     for table in [fadt, madt, mcfg] {
@@ -182,11 +191,17 @@ fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
 const FIRST_WIDE_APIC_ID: u32 = 255;
 const ENABLED: u32 = 1;
 
-fn madt(cpus: u32) -> Sdt {
+/// Flags: there is a pair of 8259s.
+const PCAT_COMPATIBLE: u32 = 1;
+
+fn madt(cpus: u32, legacy: LegacyDevices) -> Sdt {
     let mut body = Vec::new();
     body.extend((layout::LOCAL_APIC_START as u32).to_le_bytes());
-    // Flags: bit 0 clear, there is no pair of 8259s.
-    body.extend(0u32.to_le_bytes());
+    let flags = match legacy {
+        LegacyDevices::Absent => 0,
+        LegacyDevices::Present => PCAT_COMPATIBLE,
+    };
+    body.extend(flags.to_le_bytes());
     for cpu in 0..cpus {
         match u8::try_from(cpu) {
             Ok(id) if cpu < FIRST_WIDE_APIC_ID => {
@@ -207,6 +222,12 @@ fn madt(cpus: u32) -> Sdt {
     body.extend([1, 12, 0, 0]);
     body.extend((layout::IOAPIC_START as u32).to_le_bytes());
     body.extend(0u32.to_le_bytes());
+    if legacy == LegacyDevices::Present {
+        // Interrupt source override: ISA interrupt 0, polarity and trigger as the bus has them.
+        body.extend([2, 10, 0, 0]);
+        body.extend(layout::TIMER_PIN.to_le_bytes());
+        body.extend([0, 0]);
+    }
     // The NMI is LINT1 of every processor.
     body.extend([4, 6, 0xff, 0, 0, 1]);
     body.extend([10, 12, 0, 0, 0xff, 0xff, 0xff, 0xff, 1, 0, 0, 0]);

@@ -2,7 +2,10 @@ use super::*;
 
 fn built(cpus: u32) -> (Memory, Vec<u8>) {
     let memory = Memory::new(1 << 20).unwrap();
-    assert_eq!(build(&memory, cpus).unwrap().0, 0xe0000);
+    assert_eq!(
+        build(&memory, cpus, LegacyDevices::Absent).unwrap().0,
+        0xe0000
+    );
     let mut image = vec![0; layout::ACPI_TABLES_SIZE as usize];
     memory
         .mapping()
@@ -102,6 +105,20 @@ fn every_processor_and_the_io_apic_are_listed() {
 }
 
 #[test]
+fn legacy_devices_are_told_with_where_the_timer_is() {
+    let memory = Memory::new(1 << 20).unwrap();
+    build(&memory, 1, LegacyDevices::Present).unwrap();
+    let mut image = vec![0; layout::ACPI_TABLES_SIZE as usize];
+    let tables = GuestAddress(layout::ACPI_TABLES_START);
+    memory.mapping().read_slice(&mut image, tables).unwrap();
+    let madt = find(&image, b"APIC");
+    assert_eq!(number(madt, 40, 4), 1);
+    // ISA interrupt 0 is global interrupt 2.
+    let entry = [2, 10, 0, 0, 2, 0, 0, 0, 0, 0];
+    assert!(madt[44..].windows(10).any(|bytes| bytes == entry));
+}
+
+#[test]
 fn the_reset_vector_writes_the_reset_register() {
     let (memory, _) = built(1);
     let mut code = [0; 9];
@@ -142,8 +159,8 @@ fn the_byte_code_names_devices_and_windows() {
 fn a_number_of_processors_that_cannot_be_is_refused() {
     let memory = Memory::new(1 << 20).unwrap();
     for cpus in [0, MAX_CPUS + 1, u32::MAX] {
-        let refused = build(&memory, cpus);
+        let refused = build(&memory, cpus, LegacyDevices::Absent);
         assert!(matches!(refused, Err(AcpiError::Cpus { .. })), "{cpus}");
     }
-    build(&memory, MAX_CPUS).unwrap();
+    build(&memory, MAX_CPUS, LegacyDevices::Absent).unwrap();
 }

@@ -14,7 +14,9 @@ mod vcpu;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use dunlin_guest::{Doorbell, Memory, MsiSink, PAGE_SIZE, PageIndex};
+use dunlin_guest::{
+    Doorbell, InterruptLine, Memory, MsiSink, PAGE_SIZE, PageIndex, VectoredController,
+};
 use dunlin_x86::cpuid::Baseline;
 use dunlin_x86::kvmclock::GuestClock;
 use kvm_bindings::{
@@ -231,6 +233,18 @@ impl Vm for KvmVm {
 
     fn msi_sink(&self) -> Arc<dyn MsiSink> {
         self.interrupts.clone()
+    }
+
+    fn connect_controller(
+        &self,
+        _controller: Arc<dyn VectoredController>,
+    ) -> Result<Arc<dyn InterruptLine>, EngineError> {
+        Err(EngineError::Unavailable {
+            engine: "kvm",
+            reason: "it does not carry the interrupts of legacy controllers (--legacy), engine \
+                     \"soft\" does"
+                .to_owned(),
+        })
     }
 
     fn add_doorbell(&self, doorbell: &Doorbell) -> Result<(), EngineError> {

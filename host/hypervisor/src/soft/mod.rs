@@ -11,11 +11,12 @@ mod vcpu;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 
-use dunlin_guest::{Doorbell, Memory, MsiSink, Writer};
+use dunlin_guest::{Doorbell, InterruptLine, Memory, MsiSink, VectoredController, Writer};
 use dunlin_x86::cpuid::Baseline;
 use dunlin_x86::kvmclock::GuestClock;
+use dunlin_x86::lapic::{ExternalController, Mailbox};
 use dunlin_x86::memory::PhysicalMemory;
 use dunlin_x86::{CodeMap, Cpu, CpuConfig, Translation};
 use vmm_sys_util::eventfd::EventFd;
@@ -61,6 +62,32 @@ fn check_cpus(cpus: usize) -> Result<(), EngineError> {
             "{cpus} vCPUs need an x86-64 host; on this one the software CPU gives one vCPU only"
         ),
     })
+}
+
+/// What gives the first processor vectors from outside of its local APIC. The machine owns it; it
+/// owns the line to the processor in turn.
+#[derive(Debug)]
+struct Controller(Weak<dyn VectoredController>);
+
+/// What an empty bus reads as.
+const NO_VECTOR: u8 = 0xff;
+
+impl ExternalController for Controller {
+    fn acknowledge(&self) -> u8 {
+        // Without its machine a processor runs no more.
+        let controller = self.0.upgrade();
+        controller.map_or(NO_VECTOR, |controller| controller.acknowledge())
+    }
+}
+
+/// INTR of a processor.
+#[derive(Debug)]
+struct Intr(Arc<Mailbox>);
+
+impl InterruptLine for Intr {
+    fn set_level(&self, high: bool) {
+        self.0.set_external(high);
+    }
 }
 
 /// A VM on the software CPU.
@@ -143,6 +170,18 @@ impl Vm for SoftVm {
 
     fn msi_sink(&self) -> Arc<dyn MsiSink> {
         self.router.clone()
+    }
+
+    fn connect_controller(
+        &self,
+        controller: Arc<dyn VectoredController>,
+    ) -> Result<Arc<dyn InterruptLine>, EngineError> {
+        let mailbox = self.router.mailbox(0).ok_or(EngineError::InvalidState {
+            vcpu: 0,
+            reason: "the VM has no vCPU".to_owned(),
+        })?;
+        mailbox.connect(Arc::new(Controller(Arc::downgrade(&controller))));
+        Ok(Arc::new(Intr(Arc::clone(mailbox))))
     }
 
     fn add_doorbell(&self, doorbell: &Doorbell) -> Result<(), EngineError> {

@@ -28,6 +28,7 @@ use dunlin_api::plan::MovePrediction;
 use dunlin_api::snapshot::SaveRequest;
 use dunlin_api::status::{ExitReport, VmStatus};
 use dunlin_api::{ApiError, OnReboot, VmConfig};
+use dunlin_devices::debug_exit;
 use dunlin_guest::SavedState;
 use dunlin_hypervisor::{EngineError, VcpuId};
 use dunlin_migration::handover::Claimed;
@@ -137,6 +138,8 @@ impl Mailbox {
 pub(crate) enum Ending {
     /// The guest switched itself off.
     PowerOff,
+    /// The guest wrote this to its debug exit port.
+    DebugExit(u32),
     /// It rebooted, and was to end then.
     Rebooted,
     /// A user asked, or this process was told to end.
@@ -164,13 +167,29 @@ impl Ending {
     pub(crate) fn is_orderly(&self) -> bool {
         matches!(
             self,
-            Self::PowerOff | Self::Rebooted | Self::Stopped(_) | Self::Moved | Self::HandedOver(_)
+            Self::PowerOff
+                | Self::DebugExit(_)
+                | Self::Rebooted
+                | Self::Stopped(_)
+                | Self::Moved
+                | Self::HandedOver(_)
         )
+    }
+
+    /// The exit status that the guest chose, if it did.
+    pub(crate) fn exit_status(&self) -> Option<u8> {
+        match self {
+            Self::DebugExit(value) => Some(debug_exit::exit_status(*value)),
+            _ => None,
+        }
     }
 
     fn describe(&self) -> String {
         match self {
             Self::PowerOff => "the guest switched itself off".into(),
+            Self::DebugExit(value) => {
+                format!("the guest wrote {value:#x} to its debug exit port")
+            }
             Self::Rebooted => "the guest rebooted".into(),
             Self::Stopped(why) => (*why).into(),
             Self::Moved => "the guest runs on another host".into(),
@@ -336,6 +355,7 @@ impl Lifecycle {
         }
         let mut status = self.status();
         status.reason = Some(ending.describe());
+        status.exit_status = ending.exit_status();
         if let Ending::HandedOver(pid) = ending {
             status.successor = Some(pid);
             // What is left is to let go of memory, on processors that the guest may need.
@@ -425,6 +445,7 @@ impl Lifecycle {
     fn machine_event(&mut self, event: MachineEvent) {
         match event {
             MachineEvent::PowerOff => self.end(Ending::PowerOff),
+            MachineEvent::DebugExit(value) => self.end(Ending::DebugExit(value)),
             MachineEvent::Reset => self.reset(),
             MachineEvent::TripleFault => self.end(Ending::TripleFault),
             MachineEvent::EngineFailed(error) => self.end(Ending::Engine(error)),
@@ -475,6 +496,7 @@ impl Lifecycle {
                 _ => None,
             },
             reason: self.ending.as_ref().map(Ending::describe),
+            exit_status: self.ending.as_ref().and_then(Ending::exit_status),
         }
     }
 }

@@ -4,11 +4,15 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use dunlin_api::{DebugConsoleConfig, DiskConfig, MacText, NetConfig, VmConfig};
+use dunlin_api::{DebugConsoleConfig, DiskConfig, EngineChoice, MacText, NetConfig, VmConfig};
 use dunlin_devices::bus::{Bus, RangeError};
 use dunlin_devices::component::Component;
 use dunlin_devices::debug_console::{DebugConsole, DebugConsoleError, DebugOutput};
+use dunlin_devices::debug_exit::DebugExit;
 use dunlin_devices::ioapic::IoApic;
+use dunlin_devices::legacy::Fork;
+use dunlin_devices::legacy::pic::Pic;
+use dunlin_devices::legacy::pit::Pit;
 use dunlin_devices::pci::{Address, DoorbellHost, Function, RootComplex, RootError};
 use dunlin_devices::power::PowerDevice;
 use dunlin_devices::serial::Serial;
@@ -18,7 +22,7 @@ use dunlin_devices::virtio::console::Console;
 use dunlin_devices::virtio::entropy::Entropy;
 use dunlin_devices::virtio::net::Net;
 use dunlin_devices::virtio::pci::{VirtioPci, VirtioPciError};
-use dunlin_guest::{Doorbell, Memory, MemoryError, MsiSink, layout};
+use dunlin_guest::{Doorbell, InterruptLine, Memory, MemoryError, MsiSink, layout};
 use dunlin_hypervisor::{EngineError, VcpuId, Vm};
 use dunlin_storage::{DiskError, DiskMode, ImageLock, RawDisk};
 use dunlin_vswitch::{MacAddress, PortError, UnixPort};
@@ -78,6 +82,9 @@ pub enum AssemblyError {
     /// The debug console's bytes cannot go where they should.
     #[error(transparent)]
     DebugConsole(#[from] DebugConsoleError),
+    /// The host gave no thread for the legacy timer.
+    #[error("failed to start the legacy timer")]
+    Timer(#[source] std::io::Error),
     /// A disk cannot be opened.
     #[error(transparent)]
     Disk(#[from] DiskError),
@@ -120,7 +127,12 @@ pub(crate) fn assemble_around(
         Some(ram) => Memory::from_file(ram.into(), config.memory_bytes)?,
         None => Memory::new(config.memory_bytes)?,
     };
-    let chosen = engine::choose(config.engine, &memory, baseline, config.cpus, config.verify)?;
+    let choice = match (config.engine, config.legacy) {
+        // The only one that has legacy controllers.
+        (EngineChoice::Auto, true) => EngineChoice::Soft,
+        (choice, _) => choice,
+    };
+    let chosen = engine::choose(choice, &memory, baseline, config.cpus, config.verify)?;
     let vm = chosen.vm;
     let chipset = Chipset::build(&vm, blueprint)?;
     let mut builder = PciBuilder {
@@ -160,6 +172,10 @@ pub(crate) fn assemble_around(
     blueprint.console.connect(ports, active);
     let mut components = functions;
     components.extend(chipset.components());
+    if let Some(exit) = config.debug_exit {
+        let device = DebugExit::new(Arc::new(blueprint.events.clone()));
+        device.attach(&chipset.buses.ports, exit.port, exit.count)?;
+    }
     if let Some(place) = &config.debug_console {
         let output = debug_output(place);
         let device = match inheritance.debug_console()? {
@@ -199,6 +215,25 @@ struct Chipset {
     serial: Arc<Serial>,
     power: Arc<PowerDevice>,
     root: Arc<RootComplex>,
+    legacy: Option<Legacy>,
+}
+
+/// What the first PCs had.
+struct Legacy {
+    pic: Arc<Pic>,
+    pit: Arc<Pit>,
+}
+
+impl Legacy {
+    fn build(vm: &Arc<dyn Vm>, ioapic: &Arc<IoApic>, ports: &Bus) -> Result<Self, AssemblyError> {
+        let pic = Pic::new();
+        pic.connect(vm.connect_controller(pic.clone())?);
+        pic.attach(ports)?;
+        let timer = Fork([ioapic.pin(layout::TIMER_PIN), pic.line(0)]);
+        let pit = Pit::new(Arc::new(timer)).map_err(AssemblyError::Timer)?;
+        pit.attach(ports)?;
+        Ok(Self { pic, pit })
+    }
 }
 
 impl Chipset {
@@ -206,10 +241,20 @@ impl Chipset {
         let (ports, mmio) = (Bus::new(), Bus::new());
         let ioapic = IoApic::new(vm.msi_sink());
         mmio.insert(layout::IOAPIC_START, layout::IOAPIC_SIZE, ioapic.clone())?;
-        let serial = Serial::new(ioapic.pin(layout::SERIAL_IRQ), blueprint.console.clone());
+        let legacy = match blueprint.config.legacy {
+            true => Some(Legacy::build(vm, &ioapic, &ports)?),
+            false => None,
+        };
+        let line = |number| -> Arc<dyn InterruptLine> {
+            match &legacy {
+                Some(legacy) => Arc::new(Fork([ioapic.pin(number), legacy.pic.line(number)])),
+                None => ioapic.pin(number),
+            }
+        };
+        let serial = Serial::new(line(layout::SERIAL_IRQ), blueprint.console.clone());
         serial.attach(&ports)?;
         let events = Arc::new(blueprint.events.clone());
-        let power = PowerDevice::new(events.clone(), ioapic.pin(layout::SCI_IRQ));
+        let power = PowerDevice::new(events.clone(), line(layout::SCI_IRQ));
         power.attach(&ports)?;
         let root = RootComplex::new(mmio.clone(), Arc::new(EngineDoorbells(Arc::clone(vm))));
         root.attach(&ports, events)?;
@@ -223,17 +268,24 @@ impl Chipset {
             serial,
             power,
             root,
+            legacy,
         })
     }
 
-    /// In the order in which they go on: the root complex maps what the others answer at.
-    fn components(&self) -> [Arc<dyn Component>; 4] {
-        [
+    /// In the order in which they go on: the root complex maps what the others answer at. The legacy
+    /// controllers are restored behind what drives their lines.
+    fn components(&self) -> Vec<Arc<dyn Component>> {
+        let mut all: Vec<Arc<dyn Component>> = vec![
             self.root.clone(),
             self.buses.ioapic.clone(),
             self.serial.clone(),
             self.power.clone(),
-        ]
+        ];
+        if let Some(Legacy { pic, pit }) = &self.legacy {
+            all.push(pit.clone());
+            all.push(pic.clone());
+        }
+        all
     }
 }
 

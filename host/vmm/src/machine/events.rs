@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use dunlin_devices::debug_exit::DebugExitEvents;
 use dunlin_devices::power::PowerEvents;
 use dunlin_hypervisor::{EngineError, VcpuId};
 
@@ -12,6 +13,8 @@ use dunlin_hypervisor::{EngineError, VcpuId};
 pub(crate) enum MachineEvent {
     /// It switched itself off.
     PowerOff,
+    /// It wrote this to its debug exit port.
+    DebugExit(u32),
     /// It asks for a reset.
     Reset,
     /// A processor met a triple fault.
@@ -71,5 +74,11 @@ impl PowerEvents for MachineEvents {
 
     fn reset(&self) {
         self.send(MachineEvent::Reset);
+    }
+}
+
+impl DebugExitEvents for MachineEvents {
+    fn debug_exit(&self, value: u32) {
+        self.send(MachineEvent::DebugExit(value));
     }
 }

@@ -242,8 +242,10 @@ impl Cpu {
 
     /// Interrupts are permitted again, after the next instruction.
     pub(crate) fn begin_shadow(&mut self) {
-        let due =
-            self.mailbox.has_events() || self.nmi_pending || self.apic.pending_vector().is_some();
+        let due = self.mailbox.has_events()
+            || self.nmi_pending
+            || self.external_due()
+            || self.apic.pending_vector().is_some();
         if due {
             self.shadow = true;
             self.budget = 0;
@@ -251,6 +253,11 @@ impl Cpu {
             // Nobody looks before the budget is at its end.
             self.shadow_at = self.rip;
         }
+    }
+
+    /// Does the controller outside of the local APIC have an interrupt for this processor?
+    fn external_due(&self) -> bool {
+        self.mailbox.external() && self.apic.passes_external()
     }
 
     /// An instruction of `block` ended early.
@@ -349,11 +356,16 @@ impl Cpu {
             self.synchronise_code();
             return self.deliver(NMI, Source::Event, None);
         }
-        let pending = self.apic.pending_vector().is_some();
+        let external = self.external_due();
+        let pending = external || self.apic.pending_vector().is_some();
         #[cfg(target_arch = "x86_64")]
         self.native.set_due(pending && self.system_flags & IF == 0);
         if self.system_flags & IF != 0 && pending {
-            let vector = self.apic.acknowledge();
+            let from_outside = external.then(|| self.mailbox.acknowledge_external());
+            let vector = match from_outside.flatten() {
+                Some(vector) => vector,
+                None => self.apic.acknowledge(),
+            };
             self.activity = Activity::Running;
             self.synchronise_code();
             return self.deliver(vector, Source::Event, None);

@@ -1,7 +1,8 @@
 //! What other threads post to a processor, and how a halted one waits for it.
 
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::fmt::Debug;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 const VECTORS: u32 = 1 << 0;
@@ -9,6 +10,7 @@ const NMI: u32 = 1 << 1;
 const INIT: u32 = 1 << 2;
 const SIPI: u32 = 1 << 3;
 const KICK: u32 = 1 << 4;
+const EXTERNAL: u32 = 1 << 5;
 
 /// How an interrupt was signalled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,6 +19,13 @@ pub enum Trigger {
     Edge,
     /// A line is held until the interrupt is served: its end must reach the I/O APIC.
     Level,
+}
+
+/// An interrupt controller outside of the local APIC, whose output is the processor's INTR: it
+/// gives the vector itself (ExtINT; SDM vol. 3, 11.5.1).
+pub trait ExternalController: Debug + Send + Sync {
+    /// The processor takes the interrupt: its vector.
+    fn acknowledge(&self) -> u8;
 }
 
 /// A processor's inbox: interrupts, NMI, INIT, SIPI and kicks, posted by any thread.
@@ -31,6 +40,9 @@ pub struct Mailbox {
     vectors: [AtomicU64; 4],
     level: [AtomicU64; 4],
     sipi: AtomicU8,
+    /// Level of INTR.
+    external: AtomicBool,
+    controller: OnceLock<Arc<dyn ExternalController>>,
     /// How interrupts address the processor; see [`Address::pack`].
     address: AtomicU64,
     sleeping: AtomicU32,
@@ -127,6 +139,8 @@ impl Mailbox {
             vectors: Default::default(),
             level: Default::default(),
             sipi: AtomicU8::new(0),
+            external: AtomicBool::new(false),
+            controller: OnceLock::new(),
             address: AtomicU64::new(0),
             sleeping: AtomicU32::new(0),
             lock: Mutex::new(()),
@@ -171,6 +185,32 @@ impl Mailbox {
     pub fn post_sipi(&self, vector: u8) {
         self.sipi.store(vector, Ordering::Release);
         self.announce(SIPI);
+    }
+
+    /// Leads the output of `controller` to the processor's INTR. Only the first has an effect.
+    pub fn connect(&self, controller: Arc<dyn ExternalController>) {
+        self.controller.get_or_init(|| controller);
+    }
+
+    /// Drives INTR. The processor looks each time that it is driven high, so that nothing need be
+    /// remembered of what was behind an interrupt that it has taken.
+    pub fn set_external(&self, high: bool) {
+        self.external.store(high, Ordering::Release);
+        if high {
+            self.announce(EXTERNAL);
+        }
+    }
+
+    /// Is INTR high?
+    pub fn external(&self) -> bool {
+        self.external.load(Ordering::Acquire)
+    }
+
+    /// Takes an interrupt from the controller; `None` when there is no controller.
+    pub(crate) fn acknowledge_external(&self) -> Option<u8> {
+        self.controller
+            .get()
+            .map(|controller| controller.acknowledge())
     }
 
     /// Asks the processor's thread to return to the machine's loop.

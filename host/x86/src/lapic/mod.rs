@@ -15,7 +15,7 @@ mod timer;
 use std::fmt::Debug;
 use std::sync::Arc;
 
-pub use mailbox::{Address, Mailbox, Posted, Trigger};
+pub use mailbox::{Address, ExternalController, Mailbox, Posted, Trigger};
 pub use saved::ApicStateError;
 
 use timer::Timer;
@@ -44,6 +44,9 @@ pub const MSR_X2APIC: u32 = 0x800;
 const SVR_ENABLE: u32 = 1 << 8;
 const SVR_NO_EOI_BROADCAST: u32 = 1 << 12;
 const LVT_MASKED: u32 = 1 << 16;
+/// The delivery mode of an entry of the local vector table.
+const LVT_MODE: u32 = 7 << 8;
+const LVT_EXTERNAL: u32 = 7 << 8;
 
 const ESR_SEND_ILLEGAL: u32 = 1 << 5;
 const ESR_RECEIVE_ILLEGAL: u32 = 1 << 6;
@@ -52,6 +55,7 @@ const ESR_REGISTER_ILLEGAL: u32 = 1 << 7;
 /// Indices of `LocalApic::lvt`, in the order of the registers 0x320-0x370.
 mod lvt {
     pub(super) const TIMER: usize = 0;
+    pub(super) const LINT0: usize = 3;
     pub(super) const ERROR: usize = 5;
 }
 
@@ -224,6 +228,13 @@ impl LocalApic {
             return None;
         }
         highest(&self.irr).filter(|vector| vector >> 4 > self.ppr() >> 4)
+    }
+
+    /// Does INTR reach the processor? Through LINT0 in ExtINT mode, or past an APIC that is
+    /// disabled in IA32_APIC_BASE (SDM vol. 3, 11.4.3 and 11.5.1).
+    pub fn passes_external(&self) -> bool {
+        let lint0 = self.lvt[lvt::LINT0];
+        !self.is_enabled() || lint0 & LVT_MASKED == 0 && lint0 & LVT_MODE == LVT_EXTERNAL
     }
 
     /// Takes the pending vector: it moves from request to service. The spurious vector when none

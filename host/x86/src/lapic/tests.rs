@@ -54,6 +54,32 @@ fn a_higher_class_interrupts_a_lower_and_not_the_reverse() {
 }
 
 #[test]
+fn interrupts_from_outside_pass_lint0_in_extint_mode_or_a_disabled_apic() {
+    const LINT0: u32 = 0x350;
+    let (mut apic, mailbox, _) = enabled(0);
+    for (entry, passes) in [
+        (0x700, true),
+        (0x1_0700, false),
+        (0x030, false),
+        (0x430, false),
+    ] {
+        apic.write_mmio(LINT0, entry, 0);
+        assert_eq!(apic.passes_external(), passes, "{entry:#x}");
+    }
+    let base = apic.base();
+    apic.set_base(base & !BASE_ENABLE).unwrap();
+    assert!(apic.passes_external());
+    assert!(!mailbox.has_events());
+    mailbox.set_external(true);
+    assert!(mailbox.external() && mailbox.has_events());
+    apic.poll_mailbox();
+    // The level stays, the event does not.
+    assert!(mailbox.external() && !mailbox.has_events());
+    mailbox.set_external(false);
+    assert!(!mailbox.external() && !mailbox.has_events());
+}
+
+#[test]
 fn the_task_priority_holds_interrupts_back() {
     let (mut apic, mailbox, _) = enabled(0);
     mailbox.post_vector(0x51, Trigger::Edge);
