@@ -8,6 +8,7 @@
 //! - [`place`]: the runtime directory with one folder and one API socket per VM;
 //! - [`launch`]: what a parent tells a new VM process, and what it answers;
 //! - [`probe`], [`snapshot`]: what a host offers, what a saved file holds;
+//! - [`profile`]: where the time of a VM's processors goes;
 //! - [`route`]: the paths of the HTTP interface.
 //!
 //! Plain data, serialised as JSON, with validation; no I/O beyond path names. Everything that is
@@ -22,6 +23,7 @@ pub mod name;
 pub mod place;
 pub mod plan;
 pub mod probe;
+pub mod profile;
 pub mod route;
 pub mod security;
 pub mod size;

@@ -24,6 +24,9 @@ pub const SAVE_CANCEL: &str = "/v1/vm/save/cancel";
 pub const HAND_OVER: &str = "/v1/vm/handover";
 /// GET: [`crate::status::ExitReport`].
 pub const EXITS: &str = "/v1/vm/exits";
+/// POST [`crate::profile::ProfileRequest`]: looks where the processors' time goes, for as long as is
+/// asked for. Answers [`crate::profile::ProfileReport`].
+pub const PROFILE: &str = "/v1/vm/profile";
 /// GET: [`crate::migration::MigrationStatus`].
 pub const MIGRATION: &str = "/v1/vm/migration";
 /// POST: asks the current move to end; the guest goes on here.

@@ -2,7 +2,8 @@
 //!
 //! [`args`] says what can be typed; [`commands`] does it, a file per command; [`printer`] puts data
 //! on standard output and everything else on standard error; [`client`] speaks the HTTP interface
-//! of a VM's process; [`launch`] starts such a process; [`host`] is what this crate asks of the
+//! of a VM's process; [`launch`] starts such a process; [`symbols`]
+//! names addresses of a guest's kernel; [`host`] is what this crate asks of the
 //! host's side. Must not link the host's crates: they come in through [`host::Host`].
 
 pub mod args;
@@ -13,6 +14,7 @@ pub mod error;
 pub mod host;
 pub mod launch;
 pub mod printer;
+pub mod symbols;
 pub mod terminal;
 
 use std::process::ExitCode;

@@ -11,5 +11,6 @@ mod following;
 mod handover;
 mod life;
 mod moves;
+mod profile;
 mod saved;
 mod support;

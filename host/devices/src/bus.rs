@@ -7,6 +7,9 @@ use std::sync::{Arc, RwLock};
 /// A device's registers. Called from vCPU threads, any of them at any time: a device locks its
 /// own state, and never while it waits for another thread.
 pub trait BusDevice: Debug + Send + Sync {
+    /// What a person calls it, e.g. `serial`, `pci/00:02.0`.
+    fn label(&self) -> String;
+
     /// A load of `data.len()` bytes (1, 2, 4 or 8) at `offset` from the start of the range.
     fn read(&self, offset: u64, data: &mut [u8]);
 
@@ -104,6 +107,12 @@ impl Bus {
         }
     }
 
+    /// Which device answers at `address`: the start of its range, and its label.
+    pub fn device_at(&self, address: u64) -> Option<(u64, String)> {
+        let (device, offset) = self.find(address, 1)?;
+        Some((address - offset, device.label()))
+    }
+
     fn find(&self, address: u64, length: usize) -> Option<(Arc<dyn BusDevice>, u64)> {
         let ranges = match self.ranges.read() {
             Ok(ranges) => ranges,
@@ -131,6 +140,9 @@ mod tests {
     #[derive(Debug)]
     struct Echo;
     impl BusDevice for Echo {
+        fn label(&self) -> String {
+            "echo".into()
+        }
         fn read(&self, offset: u64, data: &mut [u8]) {
             data.fill(offset as u8);
         }
@@ -144,6 +156,8 @@ mod tests {
         let mut data = [0; 2];
         assert!(bus.read(0x13, &mut data));
         assert_eq!(data, [3, 3]);
+        assert_eq!(bus.device_at(0x13), Some((0x10, "echo".into())));
+        assert_eq!(bus.device_at(0x18), None);
     }
 
     #[test]

@@ -288,6 +288,10 @@ fn wait_for_room(output: BorrowedFd<'_>) {
 }
 
 impl BusDevice for DebugConsole {
+    fn label(&self) -> String {
+        "debug-console".into()
+    }
+
     fn read(&self, _offset: u64, data: &mut [u8]) {
         data.fill(PRESENCE);
     }

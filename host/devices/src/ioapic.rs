@@ -259,6 +259,10 @@ impl InterruptLine for Pin {
 }
 
 impl BusDevice for IoApic {
+    fn label(&self) -> String {
+        "ioapic".into()
+    }
+
     fn read(&self, offset: u64, data: &mut [u8]) {
         let registers = lock(&self.registers);
         let value = match offset {

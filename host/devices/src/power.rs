@@ -97,6 +97,10 @@ impl PowerDevice {
 }
 
 impl BusDevice for PowerDevice {
+    fn label(&self) -> String {
+        "power".into()
+    }
+
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         if let (Some(byte), true) = (
@@ -159,6 +163,10 @@ impl Component for PowerDevice {
 struct KeyboardController(Arc<dyn PowerEvents>);
 
 impl BusDevice for KeyboardController {
+    fn label(&self) -> String {
+        "keyboard".into()
+    }
+
     /// The status: ready for a command.
     fn read(&self, _offset: u64, data: &mut [u8]) {
         data.fill(0);

@@ -12,4 +12,6 @@ pub mod probe;
 pub mod soft;
 mod traits;
 
-pub use traits::{Engine, EngineError, Exit, Vcpu, VcpuExitCounts, VcpuHandle, VcpuId, Vm};
+pub use traits::{
+    Engine, EngineError, Exit, Sampled, Vcpu, VcpuExitCounts, VcpuHandle, VcpuId, VcpuProfile, Vm,
+};

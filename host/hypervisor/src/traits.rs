@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use dunlin_guest::{Doorbell, InterruptLine, MsiSink, VectoredController};
 use dunlin_x86::cpuid::Baseline;
+use dunlin_x86::profile::{Counters, Profile};
 use dunlin_x86::state::CpuState;
 
 /// Which engine runs the guest's processors.
@@ -215,6 +216,26 @@ pub trait VcpuHandle: Debug + Send + Sync {
     fn kick(&self);
 }
 
+/// Looks at a vCPU's thread from other threads, while a profile is taken.
+pub trait Sampled: Debug + Send + Sync {
+    /// Has the thread note what it is doing. False when it was not told: it has not heard of many
+    /// calls before, or has ended.
+    fn sample(&self) -> bool;
+}
+
+/// What a vCPU did while a profile was taken.
+#[derive(Debug, Clone)]
+pub struct VcpuProfile {
+    /// Samples.
+    pub samples: Profile,
+    /// What was counted from the beginning of the profile on; `code_bytes` are those now.
+    pub counters: Counters,
+    /// Exceptions and interrupts that were delivered meanwhile, by vector.
+    pub vectors: Vec<u64>,
+    /// Linear address at which system calls enter the guest's kernel; 0 before that is set.
+    pub system_call_entry: u64,
+}
+
 /// A virtual processor. Owned by its thread; others send it messages and kick it.
 pub trait Vcpu: Debug + Send {
     /// Runs the guest until something needs the machine. Blocks while the guest is halted.
@@ -251,4 +272,21 @@ pub trait Vcpu: Debug + Send {
 
     /// Exits by kind.
     fn exit_counts(&self) -> VcpuExitCounts;
+
+    /// Begins to note where its time goes. Called on the thread that runs it, as are the two below.
+    /// `None` from an engine that does not see what happens within a run.
+    ///
+    /// # Errors
+    /// [`EngineError`] when the host refuses.
+    fn begin_profile(&mut self) -> Result<Option<Arc<dyn Sampled>>, EngineError> {
+        Ok(None)
+    }
+
+    /// Sorts samples, of which it keeps some thousands until then.
+    fn collect_profile(&mut self) {}
+
+    /// Ends the profile, if one is taken.
+    fn end_profile(&mut self) -> Option<VcpuProfile> {
+        None
+    }
 }

@@ -21,6 +21,7 @@ pub mod memory;
 mod mmu;
 #[cfg(target_arch = "x86_64")]
 mod native;
+pub mod profile;
 pub mod saved;
 pub mod state;
 

@@ -6,9 +6,12 @@ mod security;
 mod switch;
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use dunlin_api::VmName;
+use dunlin_api::profile::DEFAULT_RATE;
+use dunlin_api::size::parse_duration;
 
 pub use guest::{DiskArgument, NetArgument, OnRebootArgument, RestoreArgs, RunArgs, modules};
 pub use moves::{ExplainArgument, HandOverArgs, MigrateArgs, ReceiveArgs, SaveArgs};
@@ -96,4 +99,56 @@ pub struct InspectArgs {
     /// A VM's name, or a saved file (with a slash, or an existing file that no VM is named like)
     #[arg(value_name = "NAME|FILE")]
     pub what: PathBuf,
+    /// Look where the time of the VM's processors goes (engine "soft"; of others only exits are known)
+    #[arg(long)]
+    pub profile: bool,
+    /// What a profile looks at, and shows.
+    #[command(flatten)]
+    pub profile_of: ProfileArgs,
+}
+
+/// Arguments of `inspect --profile`.
+#[derive(Debug, Args)]
+pub struct ProfileArgs {
+    /// How long to look
+    #[arg(long = "for", value_name = "TIME", default_value = "5s", requires = "profile",
+          value_parser = parse_duration)]
+    pub time: Duration,
+    /// Samples a second of each processor
+    #[arg(long, value_name = "HZ", default_value_t = DEFAULT_RATE, requires = "profile")]
+    pub rate: u32,
+    /// Name the kernel's code by this vmlinux, System.map or copy of the guest's /proc/kallsyms
+    #[arg(long, value_name = "FILE", requires = "profile")]
+    pub symbols: Option<PathBuf>,
+    /// How far the kernel moved itself from the addresses in that file, instead of finding out
+    #[arg(long, value_name = "BYTES", requires = "symbols",
+          allow_hyphen_values = true, value_parser = parse_offset)]
+    pub symbol_offset: Option<u64>,
+    /// Show so many places of the guest's code [default: 20, with --json all]
+    #[arg(long, value_name = "N", requires = "profile")]
+    pub top: Option<usize>,
+    /// Show one processor only
+    #[arg(long, value_name = "N", requires = "profile")]
+    pub vcpu: Option<usize>,
+    /// Draw the profile
+    #[arg(long, value_name = "FILE", requires = "profile")]
+    pub svg: Option<PathBuf>,
+}
+
+/// A distance in bytes, decimal or hexadecimal; a negative one wraps.
+fn parse_offset(text: &str) -> Result<u64, String> {
+    let (digits, negative) = match text.strip_prefix('-') {
+        Some(digits) => (digits, true),
+        None => (text, false),
+    };
+    let parsed = match digits.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16),
+        None => digits.parse(),
+    };
+    let value = parsed.map_err(|error| format!("no number of bytes: {error}"))?;
+    Ok(if negative {
+        value.wrapping_neg()
+    } else {
+        value
+    })
 }

@@ -1,4 +1,4 @@
-//! A move as a picture: an SVG file, and bars for a terminal.
+//! A move as a picture: an SVG file, and bars for a terminal; [`profile()`] draws where time goes.
 //!
 //! ```text
 //!  title, and what came of the move
@@ -9,6 +9,7 @@
 //! ```
 
 mod bars;
+mod profile;
 mod svg;
 
 use dunlin_api::migration::{
@@ -18,6 +19,7 @@ use dunlin_api::plan::MovePrediction;
 use dunlin_api::size::display_size;
 
 pub use bars::bar;
+pub use profile::{Row, profile};
 use svg::{Mark, Panel, Scale, Series, Svg, colour};
 
 const PAGE: f64 = 4096.0;

@@ -1,7 +1,5 @@
 //! `inspect`: a VM's status, exits, dirty rate and last move; or what a saved file holds.
 
-use std::path::Path;
-
 use dunlin_api::migration::{MigrationPhase, MigrationStatus};
 use dunlin_api::size::display_size;
 use dunlin_api::snapshot::{Reading, RestoreReport, SnapshotReport};
@@ -10,7 +8,9 @@ use dunlin_api::{VmConfig, VmName, route};
 use serde_json::json;
 
 use super::migrate::{Bars, describe as describe_move};
+use super::profile;
 use super::ps::display_state;
+use crate::args::InspectArgs;
 use crate::client::Client;
 use crate::error::CliError;
 use crate::host::Host;
@@ -18,11 +18,21 @@ use crate::printer::{Printer, display_milliseconds, table};
 
 /// Inspects a VM or a file.
 pub(super) async fn inspect(
-    what: &Path,
+    args: InspectArgs,
     printer: &Printer,
     host: &dyn Host,
 ) -> Result<(), CliError> {
+    let what = args.what.as_path();
     let name = what.to_str().and_then(|text| text.parse::<VmName>().ok());
+    if args.profile {
+        let name = name.ok_or_else(|| {
+            CliError::Argument(format!(
+                "\"{}\" is no VM's name: a profile is of a VM",
+                what.display()
+            ))
+        })?;
+        return profile::profile(&name, args.profile_of, printer).await;
+    }
     if let Some(name) = name {
         match vm(&name, printer).await {
             Err(CliError::NoSuchVm { .. }) if what.exists() => {}

@@ -8,6 +8,7 @@ mod inspect;
 mod lifecycle;
 mod migrate;
 mod probe;
+mod profile;
 mod ps;
 mod receive;
 mod run;
@@ -48,7 +49,7 @@ pub async fn execute(
         Command::Migrate(args) => migrate::migrate(args, printer).await?,
         Command::Handover(args) => handover::hand_over(args, printer).await?,
         Command::Receive(args) => receive::receive(args, printer).await?,
-        Command::Inspect(args) => inspect::inspect(&args.what, printer, host).await?,
+        Command::Inspect(args) => inspect::inspect(args, printer, host).await?,
         Command::Switch(args) => switch::switch(args, printer, host)?,
         Command::Certificates(args) => certificates::certificates(&args, printer)?,
         Command::Probe => probe::probe(printer, host),

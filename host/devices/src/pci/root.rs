@@ -299,6 +299,10 @@ struct BarDevice {
 }
 
 impl BusDevice for BarDevice {
+    fn label(&self) -> String {
+        self.function.name()
+    }
+
     fn read(&self, offset: u64, data: &mut [u8]) {
         self.function.bar_read(self.bar, offset, data);
     }
@@ -319,6 +323,10 @@ fn ecam_target(offset: u64) -> (u8, u8, u16) {
 }
 
 impl BusDevice for Ecam {
+    fn label(&self) -> String {
+        "pci configuration".into()
+    }
+
     fn read(&self, offset: u64, data: &mut [u8]) {
         let (bus, device_function, register) = ecam_target(offset);
         self.0.config_read(bus, device_function, register, data);
@@ -348,6 +356,10 @@ impl ConfigPorts {
 }
 
 impl BusDevice for ConfigPorts {
+    fn label(&self) -> String {
+        "pci configuration".into()
+    }
+
     fn read(&self, offset: u64, data: &mut [u8]) {
         if let (0, 4) = (offset, data.len()) {
             let address = self.root.config_address.load(Ordering::Relaxed);

@@ -88,6 +88,10 @@ impl Serial {
 }
 
 impl BusDevice for Serial {
+    fn label(&self) -> String {
+        "serial".into()
+    }
+
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
         let Some(byte) = data.first_mut() else { return };

@@ -7,6 +7,7 @@
 mod frequency;
 mod memory;
 mod router;
+mod sampler;
 mod vcpu;
 
 use std::collections::HashMap;

@@ -4,11 +4,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use dunlin_x86::lapic::Mailbox;
+use dunlin_x86::profile::{Counters, Doing};
 use dunlin_x86::state::CpuState;
 use dunlin_x86::{Cpu, Stop};
 
 use super::Doorbells;
-use crate::{EngineError, Exit, Vcpu, VcpuExitCounts, VcpuHandle, VcpuId};
+use super::sampler::ThreadSampler;
+use crate::{EngineError, Exit, Sampled, Vcpu, VcpuExitCounts, VcpuHandle, VcpuId, VcpuProfile};
 
 /// The access that the last exit asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +30,15 @@ pub(super) struct SoftVcpu {
     access: Access,
     data: [u8; 8],
     counts: VcpuExitCounts,
+    profiling: Option<Profiling>,
+}
+
+/// A profile that is taken, and what was counted when it began.
+#[derive(Debug)]
+struct Profiling {
+    sampler: Arc<ThreadSampler>,
+    counters: Counters,
+    vectors: [u64; 256],
 }
 
 #[derive(Debug)]
@@ -54,6 +65,7 @@ impl SoftVcpu {
             access: Access::None,
             data: [0; 8],
             counts: VcpuExitCounts::default(),
+            profiling: None,
         }
     }
 
@@ -83,6 +95,12 @@ impl SoftVcpu {
         usize::from(size).min(8)
     }
 
+    /// Rings the doorbell at `address`, if there is one.
+    fn ring(&self, address: u64) -> bool {
+        self.cpu.begin_outside(Doing::Mmio);
+        self.doorbells.ring(address)
+    }
+
     fn wait(&self) {
         let deadline = self.cpu.wake_after().map(|after| {
             let now = Instant::now();
@@ -101,25 +119,28 @@ impl Vcpu for SoftVcpu {
         loop {
             match self.cpu.run() {
                 Stop::PortRead { port, size } => {
+                    self.cpu.begin_outside(Doing::Port);
                     self.counts.port_reads += 1;
                     let size = self.begin_read(size);
                     let data = &mut self.data[..size];
                     return Ok(Exit::PortRead { port, data });
                 }
                 Stop::PortWrite { port, size, value } => {
+                    self.cpu.begin_outside(Doing::Port);
                     self.counts.port_writes += 1;
                     let size = self.begin_write(size, value.into());
                     let data = &self.data[..size];
                     return Ok(Exit::PortWrite { port, data });
                 }
                 Stop::MmioRead { address, size } => {
+                    self.cpu.begin_outside(Doing::Mmio);
                     self.counts.mmio_reads += 1;
                     let size = self.begin_read(size);
                     let data = &mut self.data[..size];
                     return Ok(Exit::MmioRead { address, data });
                 }
                 Stop::MmioWrite { size, address, .. }
-                    if matches!(size, 2 | 4) && self.doorbells.ring(address) =>
+                    if matches!(size, 2 | 4) && self.ring(address) =>
                 {
                     self.cpu.complete_write();
                 }
@@ -128,13 +149,18 @@ impl Vcpu for SoftVcpu {
                     size,
                     value,
                 } => {
+                    self.cpu.begin_outside(Doing::Mmio);
                     self.counts.mmio_writes += 1;
                     let size = self.begin_write(size, value);
                     let data = &self.data[..size];
                     return Ok(Exit::MmioWrite { address, data });
                 }
-                Stop::EndOfInterrupt { vector } => return Ok(Exit::EndOfInterrupt { vector }),
+                Stop::EndOfInterrupt { vector } => {
+                    self.cpu.begin_outside(Doing::Delivering);
+                    return Ok(Exit::EndOfInterrupt { vector });
+                }
                 Stop::Halted => {
+                    self.cpu.begin_outside(Doing::Halted);
                     self.counts.halts += 1;
                     self.wait();
                 }
@@ -147,6 +173,7 @@ impl Vcpu for SoftVcpu {
                     });
                 }
                 Stop::Kicked => {
+                    self.cpu.begin_outside(Doing::Stopped);
                     self.counts.kicks += 1;
                     return Ok(Exit::Kicked);
                 }
@@ -182,6 +209,45 @@ impl Vcpu for SoftVcpu {
             instructions: self.cpu.instructions(),
             ..self.counts
         }
+    }
+
+    fn begin_profile(&mut self) -> Result<Option<Arc<dyn Sampled>>, EngineError> {
+        self.end_profile();
+        let sampler = ThreadSampler::attach(self.cpu.begin_profile())?;
+        self.profiling = Some(Profiling {
+            sampler: Arc::clone(&sampler),
+            counters: self.cpu.counters(),
+            vectors: *self.cpu.vectors(),
+        });
+        Ok(Some(sampler))
+    }
+
+    fn collect_profile(&mut self) {
+        self.cpu.collect_samples();
+    }
+
+    fn end_profile(&mut self) -> Option<VcpuProfile> {
+        let Profiling {
+            sampler,
+            counters,
+            vectors,
+        } = self.profiling.take()?;
+        sampler.detach();
+        let samples = self.cpu.end_profile()?;
+        let now = self.cpu.vectors().iter().zip(vectors);
+        Some(VcpuProfile {
+            samples,
+            counters: self.cpu.counters().since(&counters),
+            vectors: now.map(|(now, before)| now - before).collect(),
+            system_call_entry: self.cpu.system_call_entry(),
+        })
+    }
+}
+
+impl Drop for SoftVcpu {
+    /// On its thread, or by whoever never gave it one: no handler finds a probe that is gone.
+    fn drop(&mut self) {
+        self.end_profile();
     }
 }
 

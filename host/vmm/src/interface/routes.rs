@@ -1,6 +1,6 @@
 //! HTTP: each route is one message to the lifecycle.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, State};
@@ -10,6 +10,7 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use dunlin_api::migration::{MigrateRequest, MigrationStatus};
 use dunlin_api::plan::MovePrediction;
+use dunlin_api::profile::{ProfileReport, ProfileRequest};
 use dunlin_api::snapshot::SaveStatus;
 use dunlin_api::status::ExitReport;
 use dunlin_api::{ApiError, ErrorCode, route};
@@ -19,6 +20,7 @@ use tokio::sync::oneshot;
 
 use super::Peers;
 use crate::lifecycle::{Message, Reply};
+use crate::machine::collect_every;
 
 /// How long exits and dirty pages are counted for a report.
 const LOOK: Duration = Duration::from_millis(200);
@@ -62,6 +64,7 @@ pub(super) fn router(peers: Peers) -> Router {
             post(|State(p), body| prediction(p, body)),
         )
         .route(route::EXITS, get(exits))
+        .route(route::PROFILE, post(|State(p), body| profile(p, body)))
         .route(route::MIGRATION, get(migration))
         .route(route::CANCEL, post(cancel))
         .fallback(|| async { no_route() })
@@ -165,6 +168,27 @@ async fn count_exits(peers: Peers) -> Answer<ExitReport> {
     let Json(()) = ask(peers.clone(), Message::BeginLook).await?;
     tokio::time::sleep(LOOK).await;
     ask(peers, Message::EndLook).await
+}
+
+async fn profile(peers: Peers, body: Bytes) -> Answer<ProfileReport> {
+    let request: ProfileRequest = read(&body)?;
+    // Whoever asks may leave; what was begun is ended all the same.
+    finish(tokio::spawn(take_profile(peers, request))).await
+}
+
+async fn take_profile(peers: Peers, request: ProfileRequest) -> Answer<ProfileReport> {
+    let Json(()) = ask(peers.clone(), |reply| Message::BeginProfile(request, reply)).await?;
+    let end = Instant::now() + Duration::from_millis(request.duration_ms);
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let pause = collect_every(&request).min(left);
+        if pause.is_zero() {
+            break;
+        }
+        tokio::time::sleep(pause).await;
+        let Json(()) = ask(peers.clone(), Message::CollectProfile).await?;
+    }
+    ask(peers, Message::EndProfile).await
 }
 
 async fn migration(State(peers): State<Peers>) -> Answer<MigrationStatus> {

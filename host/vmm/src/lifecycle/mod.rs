@@ -11,6 +11,7 @@
 //! answered. A move runs on a thread of its own and asks for the pause like everybody else.
 
 mod handover;
+mod profiling;
 mod requests;
 mod saving;
 mod state;
@@ -25,6 +26,7 @@ use dunlin_api::error::chain;
 use dunlin_api::handover::{HandOverReport, HandOverRequest};
 use dunlin_api::migration::{MigrateRequest, MigrationStatus};
 use dunlin_api::plan::MovePrediction;
+use dunlin_api::profile::{ProfileReport, ProfileRequest};
 use dunlin_api::snapshot::SaveRequest;
 use dunlin_api::status::{ExitReport, VmStatus};
 use dunlin_api::{ApiError, OnReboot, VmConfig};
@@ -39,7 +41,7 @@ use tokio::sync::oneshot;
 use crate::files::ProcessFiles;
 use crate::interface::Doors;
 use crate::machine::events::MachineEvent;
-use crate::machine::{Blueprint, Machine};
+use crate::machine::{Blueprint, Machine, Profiling};
 use crate::moving::{
     Faults, FromFile, HandOverEnd, MoveEnd, MoveMonitor, OpenQuestion, SaveEnd, SaveMonitor,
 };
@@ -83,6 +85,12 @@ pub(crate) enum Message {
     Survey(Reply<Slice>),
     /// What would the move take?
     EndSurvey(MigrateRequest, Reply<MovePrediction>),
+    /// Look where the processors' time goes from now on.
+    BeginProfile(ProfileRequest, Reply<()>),
+    /// Make room for more samples.
+    CollectProfile(Reply<()>),
+    /// Where did it go?
+    EndProfile(Reply<ProfileReport>),
     /// A move asks.
     Move(MoveCall),
     /// A move is over.
@@ -224,6 +232,7 @@ pub(crate) struct Lifecycle {
     saving: Option<JoinHandle<()>>,
     look: Option<Look>,
     survey: Option<Survey>,
+    profiling: Option<Profiling>,
     /// The way of the last move, which its report tells the goodput of.
     last_way: Option<Way>,
     since: Instant,
@@ -288,6 +297,7 @@ impl Lifecycle {
             saving: None,
             look: None,
             survey: None,
+            profiling: None,
             last_way: None,
             since: Instant::now(),
             ending: None,
@@ -398,6 +408,9 @@ impl Lifecycle {
             Message::BeginSurvey(reply) => answer(reply, self.begin_survey()),
             Message::Survey(reply) => answer(reply, self.survey()),
             Message::EndSurvey(request, reply) => answer(reply, self.end_survey(&request)),
+            Message::BeginProfile(request, reply) => answer(reply, self.begin_profile(&request)),
+            Message::CollectProfile(reply) => answer(reply, self.collect_profile()),
+            Message::EndProfile(reply) => answer(reply, self.end_profile()),
             Message::Move(call) => self.serve_move(call),
             Message::MoveEnded(end) => self.move_ended(*end),
             Message::SaveEnded(end) => self.save_ended(*end),

@@ -348,6 +348,7 @@ impl Lifecycle {
     /// Builds the machine anew and boots it; a paused guest boots when it is resumed.
     pub(super) fn rebuild(&mut self) -> Result<(), ApiError> {
         self.drop_look();
+        self.profiling = None;
         self.machine
             .pause(DiskLocks::Release)
             .map_err(|error| host(&error))?;

@@ -4,6 +4,7 @@
 //! - [`engine`] chooses what runs its processors;
 //! - [`entry`] puts the first processor where a kernel starts;
 //! - [`vcpu`] is the loop that runs a processor;
+//! - [`profile`] and [`sampler`] look where the processors' time goes;
 //! - [`events`] is how the machine is heard;
 //! - [`inheritance`] is what it passes on to a machine in another process of this host;
 //! - this file stops it, lets it go on, saves and restores it, in the one right order.
@@ -17,6 +18,8 @@ mod engine;
 mod entry;
 pub(crate) mod events;
 mod inheritance;
+mod profile;
+mod sampler;
 mod saved;
 mod vcpu;
 
@@ -34,6 +37,7 @@ pub(crate) use assembly::{Blueprint, assemble, assemble_around};
 pub use entry::BootError;
 use inheritance::Belongings;
 pub(crate) use inheritance::Inheritance;
+pub(crate) use profile::{Profiling, collect_every};
 pub use saved::StateError;
 pub use vcpu::VcpuError;
 pub(crate) use vcpu::shares;

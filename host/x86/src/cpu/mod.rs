@@ -20,6 +20,7 @@ mod translated;
 
 use std::num::NonZeroU8;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU8;
 use std::time::Duration;
 
 pub use api::{CpuConfig, StateError, Stop, Translation};
@@ -35,6 +36,7 @@ use crate::memory::PhysicalMemory;
 use crate::mmu::Tlb;
 #[cfg(target_arch = "x86_64")]
 use crate::native::{Context, Replaced, Translator};
+use crate::profile::{Counters, Doing, Taken};
 use crate::state::{Activity, DescriptorTable, Msrs, Segment};
 use device::Replay;
 
@@ -67,6 +69,9 @@ pub struct Cpu {
     pub(crate) rip: u64,
     /// What its stores leave in the dirty log.
     pub(crate) mark: NonZeroU8,
+    /// What it does, for a profile: a [`Doing`]'s number. Here no field behind it moves: the TLB's entries
+    /// lie within lines of the host's cache.
+    pub(crate) doing: AtomicU8,
     /// The block that runs.
     current: *const Block,
     pub(crate) tlb: Tlb,
@@ -128,6 +133,11 @@ pub struct Cpu {
     pages_added: u32,
     pub(crate) memory: Arc<dyn PhysicalMemory>,
     pub(crate) config: CpuConfig,
+    pub(crate) counters: Counters,
+    /// How often each vector was delivered.
+    pub(crate) vectors: Box<[u64; 256]>,
+    /// The profile that is being taken.
+    pub(crate) profile: Option<Box<Taken>>,
 }
 
 #[expect(
@@ -172,6 +182,7 @@ impl Cpu {
             budget: 0,
             mark: config.mark,
             current: std::ptr::null(),
+            doing: AtomicU8::new(Doing::Interpreted as u8),
             shadow: false,
             shadow_at: NOWHERE,
             alone: false,
@@ -214,6 +225,9 @@ impl Cpu {
             mailbox,
             memory,
             config,
+            counters: Counters::default(),
+            vectors: Box::new([0; 256]),
+            profile: None,
         };
         cpu.reset();
         cpu

@@ -156,18 +156,21 @@ impl Cpu {
 
     /// Drops all translations.
     pub(crate) fn flush_tlb(&mut self) {
+        self.counters.tlb_flushes += 1;
         self.tlb.flush();
         self.blocks.flush(false);
     }
 
     /// Drops all translations but global ones.
     pub(crate) fn flush_local_tlb(&mut self) {
+        self.counters.tlb_flushes += 1;
         self.tlb.flush_local();
         self.blocks.flush(true);
     }
 
     /// Drops the translation of one address.
     pub(crate) fn flush_tlb_page(&mut self, address: u64) {
+        self.counters.page_flushes += 1;
         self.tlb.flush_page(address);
         self.blocks.flush_page(address);
     }

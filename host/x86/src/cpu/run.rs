@@ -6,6 +6,7 @@ use crate::exec::flags::{IF, RF, TF};
 use crate::exec::interrupt::Source;
 use crate::exec::op::{At, Exit, slot};
 use crate::exec::{Abort, Exception, Result};
+use crate::profile::Doing;
 use crate::state::Activity;
 
 /// Blocks between two looks at the mailbox and the clock: some microseconds.
@@ -17,6 +18,13 @@ const NMI: u8 = 2;
 impl Cpu {
     /// Runs until something needs the machine.
     pub fn run(&mut self) -> Stop {
+        if self.profile.is_some() {
+            return self.run_profiled();
+        }
+        self.run_until_stop()
+    }
+
+    pub(crate) fn run_until_stop(&mut self) -> Stop {
         self.budget = 0;
         self.kvmclock.refresh(&self.config.clock, &*self.memory);
         if !self.replay.is_empty()
@@ -55,6 +63,9 @@ impl Cpu {
         }
         #[cfg(target_arch = "x86_64")]
         if self.translator.is_full() || self.blocks.has_buried_many() {
+            // Samples are of the code that there is.
+            self.collect_samples();
+            self.counters.code_flushes += 1;
             self.blocks.forget_translated();
             self.translator.clear();
         }
@@ -133,9 +144,13 @@ impl Cpu {
             return;
         };
         let about = (self.config.baseline, self.mark.get(), self.rip >> 63 != 0);
+        let before = self.begin(Doing::Translating);
         if let Some(code) = self.translator.translate(block, &bytes, about) {
             block.code.set(code);
+            self.translator.remember_made(block, code);
+            self.counters.translated_blocks += 1;
         }
+        self.go_back(before);
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -322,6 +337,13 @@ impl Cpu {
         if self.budget != 0 {
             return None;
         }
+        let before = self.begin(Doing::Delivering);
+        let stop = self.look_between();
+        self.go_back(before);
+        stop
+    }
+
+    fn look_between(&mut self) -> Option<Stop> {
         self.budget = BLOCKS;
         self.shadow |= std::mem::replace(&mut self.shadow_at, NOWHERE) == self.rip;
         if self.config.code.pages_added() != self.pages_added {
@@ -421,6 +443,13 @@ impl Cpu {
 
     /// Delivers an exception, and those that this raises in turn (SDM vol. 3, 6.15, double fault).
     fn deliver_exception(&mut self, first: Exception) -> Option<Stop> {
+        let before = self.begin(Doing::Delivering);
+        let stop = self.deliver_exceptions(first);
+        self.go_back(before);
+        stop
+    }
+
+    fn deliver_exceptions(&mut self, first: Exception) -> Option<Stop> {
         let mut current = first;
         loop {
             let mut source = Source::Fault;

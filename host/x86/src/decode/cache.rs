@@ -12,6 +12,7 @@ use crate::memory::RamPage;
 use crate::mmu::{Access, PAGE_OFFSET, Privilege, is_canonical};
 #[cfg(target_arch = "x86_64")]
 use crate::native::{JUMPS as JUMPS_TRANSLATED, KnownJump};
+use crate::profile::Doing;
 
 const JUMPS: usize = 1 << 15;
 /// Generations of a context that translated code tells apart.
@@ -334,6 +335,13 @@ impl Cpu {
         if let Some(block) = self.blocks.jump(linear) {
             return Ok(block);
         }
+        let before = self.begin(Doing::Decoding);
+        let found = self.look_up_block(linear);
+        self.go_back(before);
+        found
+    }
+
+    fn look_up_block(&mut self, linear: u64) -> Result<&'static Block> {
         let (fetch, privilege) = self.fetch(linear)?;
         let mode = self.mode;
         #[cfg(target_arch = "x86_64")]
@@ -370,6 +378,7 @@ impl Cpu {
                 let lowered = lower::block(bytes, offset, mode, self.config.baseline, apart);
                 match lowered {
                     Some(mut block) => {
+                        self.counters.decoded_blocks += 1;
                         self.blocks.size += block.ops.len();
                         block.frame = Some(fetch.frame);
                         block.user = user;
@@ -481,7 +490,10 @@ impl Cpu {
         if !is_canonical(linear) {
             return Err(self.general_protection(0));
         }
-        let translation = self.translate(linear, Access::Execute, privilege)?;
+        let before = self.begin(Doing::FillingTlb);
+        let translation = self.translate(linear, Access::Execute, privilege);
+        self.go_back(before);
+        let translation = translation?;
         let frame = translation.physical >> 12;
         let Some(ram) = self.memory.ram_page(frame) else {
             // Nothing that could be executed answers there.

@@ -36,6 +36,7 @@ impl Cpu {
 
     /// Delivers `vector`; `Cpu::rip` is where the handler will return to.
     pub(crate) fn interrupt(&mut self, vector: u8, source: Source, error: Option<u32>) -> Result {
+        self.vectors[usize::from(vector)] += 1;
         if !self.is_protected() && self.system_flags & VM == 0 {
             return self.interrupt_real(vector);
         }

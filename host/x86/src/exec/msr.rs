@@ -61,11 +61,13 @@ pub(crate) fn msr(cpu: &mut Cpu, _op: &Op, instruction: &Instruction) -> Result 
     cpu.check_supervisor()?;
     let index = cpu.slot(slot::RCX) as u32;
     if instruction.mnemonic() == Mnemonic::Rdmsr {
+        cpu.counters.msr_reads += 1;
         let value = read(cpu, index)?;
         cpu.set_reg(slot::RAX, value as u32);
         cpu.set_reg(slot::RDX, (value >> 32) as u32);
         return Ok(());
     }
+    cpu.counters.msr_writes += 1;
     let value = u64::from(cpu.reg::<u32>(slot::RAX)) | u64::from(cpu.reg::<u32>(slot::RDX)) << 32;
     write(cpu, index, value)
 }

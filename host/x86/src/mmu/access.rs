@@ -11,6 +11,7 @@ use crate::exec::value::Value;
 use crate::exec::{Exception, Result};
 use crate::host::{HostValue, compare_exchange_16};
 use crate::memory::RamPage;
+use crate::profile::Doing;
 
 #[expect(unsafe_code, reason = "guest memory is reached by pointer")]
 impl Cpu {
@@ -247,6 +248,18 @@ impl Cpu {
         access: Access,
         privilege: Privilege,
     ) -> Result<(Translation, Option<RamPage>)> {
+        let before = self.begin(Doing::FillingTlb);
+        let found = self.fill_tlb(address, access, privilege);
+        self.go_back(before);
+        found
+    }
+
+    fn fill_tlb(
+        &mut self,
+        address: u64,
+        access: Access,
+        privilege: Privilege,
+    ) -> Result<(Translation, Option<RamPage>)> {
         let translation = self.translate(address, access, privilege)?;
         let frame = translation.physical >> 12;
         if Some(translation.physical & !PAGE_OFFSET) == self.apic_page {
@@ -256,6 +269,7 @@ impl Cpu {
         if let Some(ram) = ram {
             let writable =
                 translation.writable && !self.config.code.holds_code(frame) && !self.is_trying();
+            self.counters.tlb_fills += 1;
             self.tlb.fill(
                 privilege,
                 &Fill {

@@ -27,6 +27,7 @@ mod code;
 mod emit;
 #[expect(unsafe_code, reason = "registers are set by hand")]
 mod enter;
+mod made;
 mod operands;
 mod plain;
 mod sharing;
@@ -47,6 +48,7 @@ use crate::exec::flags::{ARITHMETIC, Flags, OF};
 use crate::exec::op::Op;
 use code::CodeMemory;
 use emit::Assembler;
+pub(crate) use step::ALONE;
 pub(crate) use translate::is_known;
 pub(crate) use verify::Replaced;
 
@@ -60,7 +62,7 @@ pub(crate) const JUMPS: usize = 1 << 15;
 #[repr(C)]
 pub(crate) struct Context {
     /// The linear page that runs.
-    page: u64,
+    pub(crate) page: u64,
     /// Which bits of a linear address say where it is in the TLB.
     tlb_bits: u64,
     /// Where a hash goes to lead into the table of jumps.
@@ -235,6 +237,7 @@ pub(crate) struct Translator {
     /// Runs of a block after which it is translated.
     pub(crate) after: u32,
     leavings: Vec<Leaving>,
+    made: made::Made,
     /// Where a return goes for which no call is known, and where that is done by the table.
     bottom: u64,
     by_table: usize,
@@ -290,6 +293,7 @@ impl Translator {
             memory,
             after,
             leavings: Vec::new(),
+            made: made::Made::default(),
             bottom: 0,
             by_table: 0,
             assembler: Assembler::default(),
@@ -350,6 +354,7 @@ impl Translator {
             memory.clear();
         }
         self.leavings.clear();
+        self.made.clear();
         self.full = false;
         self.begin();
     }

@@ -10,7 +10,7 @@ use crate::mmu::PAGE_OFFSET;
 /// Operations of one instruction, and one behind them.
 pub(super) const MOST: usize = 16;
 /// In the budget: no block follows by itself.
-pub(super) const ALONE: u32 = 1 << 31;
+pub(crate) const ALONE: u32 = 1 << 31;
 
 const STOP: Handler = |_cpu, _at| Exit::Stepped;
 

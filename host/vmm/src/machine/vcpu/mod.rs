@@ -10,6 +10,7 @@
 //! The thread owns its vCPU. Others send it a [`Command`] and kick it; it answers each.
 //! [`throttle`] says when it sleeps.
 
+mod ledger;
 mod throttle;
 
 use std::sync::Arc;
@@ -18,12 +19,16 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use dunlin_api::profile::DeviceTime;
 use dunlin_devices::bus::Bus;
 use dunlin_devices::ioapic::IoApic;
-use dunlin_hypervisor::{EngineError, Exit, Vcpu, VcpuExitCounts, VcpuHandle, VcpuId};
+use dunlin_hypervisor::{
+    EngineError, Exit, Sampled, Vcpu, VcpuExitCounts, VcpuHandle, VcpuId, VcpuProfile,
+};
 use dunlin_x86::state::CpuState;
 
 use super::events::{MachineEvent, MachineEvents};
+use ledger::{Access, Ledger};
 use throttle::{Pace, Rhythm};
 pub(crate) use throttle::{Pacer, SleepShare, shares};
 
@@ -35,8 +40,14 @@ enum Command {
     Restore(Box<CpuState>, Sender<Result<(), EngineError>>),
     Counts(Sender<VcpuExitCounts>),
     Throttle(SleepShare),
+    BeginProfile(Sender<Result<Option<Arc<dyn Sampled>>, EngineError>>),
+    CollectProfile,
+    EndProfile(Sender<VcpuAccount>),
     End,
 }
+
+/// What a vCPU did while a profile was taken: its devices, and what its engine knows.
+pub(crate) type VcpuAccount = (Vec<DeviceTime>, Option<VcpuProfile>);
 
 /// Where a vCPU's accesses go.
 #[derive(Debug, Clone)]
@@ -63,6 +74,13 @@ pub enum VcpuError {
     Thread {
         /// Which processor.
         id: u32,
+        /// What the host said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The host gave no thread for samples.
+    #[error("failed to start a thread that samples processors")]
+    Sampler {
         /// What the host said.
         #[source]
         source: std::io::Error,
@@ -96,6 +114,9 @@ impl std::fmt::Debug for Command {
             Self::Restore(..) => "Restore",
             Self::Counts(_) => "Counts",
             Self::Throttle(_) => "Throttle",
+            Self::BeginProfile(_) => "BeginProfile",
+            Self::CollectProfile => "CollectProfile",
+            Self::EndProfile(_) => "EndProfile",
             Self::End => "End",
         })
     }
@@ -123,6 +144,7 @@ impl VcpuThread {
             handle: Arc::clone(&handle),
             pacer,
             rhythm: Rhythm::default(),
+            ledger: Ledger::default(),
         };
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{}", id.0))
@@ -206,6 +228,25 @@ impl VcpuThread {
         let counts = receiver.recv().map_err(|_gone| self.gone())?;
         Ok((counts, self.end_of_interrupts.load(Ordering::Relaxed)))
     }
+
+    /// Begins a profile; what has it sampled, if its engine can.
+    pub(crate) fn begin_profile(&self) -> Result<Option<Arc<dyn Sampled>>, VcpuError> {
+        let (sender, receiver) = mpsc::channel();
+        self.send(Command::BeginProfile(sender))?;
+        self.answer(&receiver)
+    }
+
+    /// Makes room for more samples.
+    pub(crate) fn collect_profile(&self) -> Result<(), VcpuError> {
+        self.send(Command::CollectProfile)
+    }
+
+    /// Ends a profile.
+    pub(crate) fn end_profile(&self) -> Result<VcpuAccount, VcpuError> {
+        let (sender, receiver) = mpsc::channel();
+        self.send(Command::EndProfile(sender))?;
+        receiver.recv().map_err(|_gone| self.gone())
+    }
 }
 
 impl Drop for VcpuThread {
@@ -244,6 +285,7 @@ struct Runner {
     handle: Arc<dyn VcpuHandle>,
     pacer: Arc<Pacer>,
     rhythm: Rhythm,
+    ledger: Ledger,
 }
 
 /// What the loop does next.
@@ -278,20 +320,28 @@ impl Runner {
     fn step(&mut self) -> Mode {
         match self.vcpu.run() {
             Ok(Exit::PortRead { port, data }) => {
+                let begun = self.ledger.begin();
                 self.buses.ports.read(u64::from(port), data);
+                self.ledger.end(begun, Access::PortRead, port.into());
             }
             Ok(Exit::PortWrite { port, data }) => {
+                let begun = self.ledger.begin();
                 self.buses.ports.write(u64::from(port), data);
+                self.ledger.end(begun, Access::PortWrite, port.into());
                 // A guest that switched itself off must not execute what follows.
                 if self.events.machine_must_stop() {
                     return Mode::Parked;
                 }
             }
             Ok(Exit::MmioRead { address, data }) => {
+                let begun = self.ledger.begin();
                 self.buses.mmio.read(address, data);
+                self.ledger.end(begun, Access::MmioRead, address);
             }
             Ok(Exit::MmioWrite { address, data }) => {
+                let begun = self.ledger.begin();
                 self.buses.mmio.write(address, data);
+                self.ledger.end(begun, Access::MmioWrite, address);
             }
             Ok(Exit::EndOfInterrupt { vector }) => {
                 self.end_of_interrupts.fetch_add(1, Ordering::Relaxed);
@@ -388,6 +438,15 @@ impl Runner {
             }
             Command::Counts(answer) => {
                 let _unheard = answer.send(self.vcpu.exit_counts());
+            }
+            Command::BeginProfile(answer) => {
+                self.ledger.open();
+                let _unheard = answer.send(self.vcpu.begin_profile());
+            }
+            Command::CollectProfile => self.vcpu.collect_profile(),
+            Command::EndProfile(answer) => {
+                let devices = self.ledger.close(&self.buses.ports, &self.buses.mmio);
+                let _unheard = answer.send((devices, self.vcpu.end_profile()));
             }
         }
         mode

@@ -131,6 +131,10 @@ impl MsiSink for NoSink {
 struct Recorder(Mutex<Sender<u8>>);
 
 impl BusDevice for Recorder {
+    fn label(&self) -> String {
+        "recorder".into()
+    }
+
     fn read(&self, _offset: u64, data: &mut [u8]) {
         data.fill(7);
     }
