@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use dunlin_guest::{Doorbell, Memory, MsiSink};
+use dunlin_guest::{Doorbell, InterruptLine, Memory, MsiSink, VectoredController};
 use dunlin_x86::cpuid::Baseline;
 
 use crate::probe::Ring0Speed;
@@ -66,6 +66,13 @@ impl Vm for KvmVm {
     }
 
     fn msi_sink(&self) -> Arc<dyn MsiSink> {
+        match *self {}
+    }
+
+    fn connect_controller(
+        &self,
+        _: Arc<dyn VectoredController>,
+    ) -> Result<Arc<dyn InterruptLine>, EngineError> {
         match *self {}
     }
 

@@ -119,6 +119,7 @@ impl Cpu {
         self.shadow_at = super::NOWHERE;
         self.activity = state.activity;
         self.ended = None;
+        self.watch = super::debug::Watch::default();
         self.replay.clear();
         self.cpl = privilege(state);
         let clocks = (

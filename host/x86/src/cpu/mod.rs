@@ -7,6 +7,7 @@
 mod api;
 pub(crate) mod control;
 mod convert;
+mod debug;
 mod device;
 mod features;
 #[cfg(test)]
@@ -111,12 +112,15 @@ pub struct Cpu {
     pub(crate) dr: [u64; 4],
     pub(crate) dr6: u64,
     pub(crate) dr7: u64,
+    pub(crate) watch: debug::Watch,
     /// All but `kvmclock_*`, which are in `kvmclock`.
     pub(crate) msrs: Msrs,
     /// What the guest added to its TSC beyond the VM's clock.
     tsc_offset: u64,
     pub(crate) kvmclock: KvmClock,
     pub(crate) activity: Activity,
+    /// A task was entered whose state then was refused: the exception is the new task's.
+    pub(crate) task_entered: bool,
     /// PAUSE instructions.
     pub(crate) pauses: u32,
     nmi_pending: bool,
@@ -209,10 +213,12 @@ impl Cpu {
             dr: [0; 4],
             dr6: 0,
             dr7: 0,
+            watch: debug::Watch::default(),
             msrs: Msrs::default(),
             tsc_offset: 0,
             kvmclock: KvmClock::new(),
             activity: Activity::Running,
+            task_entered: false,
             pauses: 0,
             nmi_pending: false,
             nmi_masked: false,

@@ -57,6 +57,7 @@ impl Cpu {
         self.msrs.efer = 0;
         self.dr = [0; 4];
         (self.dr6, self.dr7) = (DR6_FIXED, DR7_FIXED);
+        self.watch = super::debug::Watch::default();
         let data = Segment {
             selector: 0,
             base: 0,
@@ -143,6 +144,7 @@ impl Cpu {
         self.tlb.set_privilege(self.privilege());
         self.blocks.set_context(self.mode, self.cpl == 3);
         self.refresh_segment_bases();
+        self.refresh_watch();
     }
 
     /// Works out the bases that operations add.

@@ -1,5 +1,6 @@
 //! The loop, and what happens between instructions.
 
+use super::debug::DR6_SINGLE_STEP;
 use super::{AbortReason, Cpu, NOWHERE, Stop};
 use crate::decode::Block;
 use crate::exec::flags::{IF, RF, TF};
@@ -11,8 +12,6 @@ use crate::state::Activity;
 
 /// Blocks between two looks at the mailbox and the clock: some microseconds.
 const BLOCKS: u32 = 512;
-/// DR6: a single step.
-const DR6_SINGLE_STEP: u64 = 1 << 14;
 const NMI: u8 = 2;
 
 impl Cpu {
@@ -45,7 +44,7 @@ impl Cpu {
         if let Some(stop) = self.between() {
             return Some(stop);
         }
-        let stop = if self.shadow || self.system_flags & TF != 0 {
+        let stop = if self.shadow || self.steps() {
             self.run_alone()
         } else {
             self.run_blocks()
@@ -70,6 +69,8 @@ impl Cpu {
             self.translator.clear();
         }
         self.blocks.collect();
+        // It spares the next instruction a breakpoint, and there are none here.
+        self.system_flags &= !RF;
         let mut block = match self.find_block() {
             Ok(block) => block,
             Err(Abort) => return self.fetch_failed(),
@@ -281,12 +282,14 @@ impl Cpu {
         let at = self.abort_at.get();
         let op = (block.ops.iter()).position(|op| std::ptr::eq(op, self.abort_at.pointer()));
         self.count_only(block, op.unwrap_or(block.ops.len()));
-        let rip = self.slot(slot::RIP).wrapping_add(at.offset.into());
-        self.rip = if self.is_64_bit() {
-            rip
-        } else {
-            rip & 0xffff_ffff
-        };
+        if !std::mem::take(&mut self.task_entered) {
+            let rip = self.slot(slot::RIP).wrapping_add(at.offset.into());
+            self.rip = if self.is_64_bit() {
+                rip
+            } else {
+                rip & 0xffff_ffff
+            };
+        }
         self.replay.rewind();
         self.budget = 0;
         match self.abort {
@@ -302,7 +305,18 @@ impl Cpu {
     /// Runs the one instruction at `rip`.
     pub(super) fn run_alone(&mut self) -> Option<Stop> {
         let shadow = std::mem::take(&mut self.shadow);
-        let stepping = self.system_flags & TF != 0;
+        let after_stack_load = std::mem::take(&mut self.watch.after_stack_load);
+        let met = self.watch.met;
+        self.watch.step = self.system_flags & TF != 0;
+        if !after_stack_load && self.replay.is_empty() {
+            let bits = self.instruction_breakpoints();
+            if bits != 0 {
+                self.shadow = shadow;
+                return self.deliver_exception(Exception::Debug(bits));
+            }
+        }
+        // For this instruction; one that returns may set it for the next.
+        self.system_flags &= !RF;
         self.replay.rewind();
         let block = match self.single_block() {
             Ok(block) => block,
@@ -317,7 +331,10 @@ impl Cpu {
             if matches!(self.abort, AbortReason::Stop(_) | AbortReason::Alone) {
                 // The instruction is still to be done, in the same circumstances.
                 self.shadow = shadow;
+                self.watch.after_stack_load = after_stack_load;
             }
+            // Of what it met, all is met again, or it faults.
+            self.watch.met = met;
             if matches!(self.abort, AbortReason::Alone) {
                 // Cannot be: it was alone. Never loop over it.
                 self.abort = AbortReason::Exception(Exception::InvalidOpcode);
@@ -325,9 +342,15 @@ impl Cpu {
             return self.after_abort(block);
         }
         self.replay.clear();
-        self.system_flags &= !RF;
-        if stepping {
-            return self.deliver_exception(Exception::Debug(DR6_SINGLE_STEP));
+        if self.watch.after_stack_load {
+            return None;
+        }
+        let mut bits = std::mem::take(&mut self.watch.met);
+        if self.watch.step {
+            bits |= DR6_SINGLE_STEP;
+        }
+        if bits != 0 {
+            return self.deliver_exception(Exception::Debug(bits));
         }
         None
     }
@@ -370,6 +393,11 @@ impl Cpu {
         }
         if self.shadow {
             return None;
+        }
+        if self.watch.met != 0 {
+            // A task that is to be trapped was entered.
+            let bits = std::mem::take(&mut self.watch.met);
+            return self.deliver_exception(Exception::Debug(bits));
         }
         if self.nmi_pending && !self.nmi_masked {
             self.nmi_pending = false;
@@ -456,7 +484,7 @@ impl Cpu {
             match current {
                 Exception::PageFault(address, _) => self.cr2 = address,
                 Exception::Debug(bits) => {
-                    self.dr6 |= bits;
+                    self.note_debug(bits);
                     source = Source::Event;
                 }
                 _ => {}
@@ -473,6 +501,10 @@ impl Cpu {
             let AbortReason::Exception(second) = self.abort else {
                 return self.shut_down();
             };
+            if let Exception::PageFault(address, _) = second {
+                // Also where a double fault comes of it.
+                self.cr2 = address;
+            }
             current = match (class(current), class(second)) {
                 (Class::DoubleFault, _) => return self.shut_down(),
                 (Class::Contributory, Class::Contributory)

@@ -2,7 +2,8 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::flags::{self, IF, RF, VM};
+use super::flags::{self, IF, RF, TF, VM};
+use super::gate::{Target, Transfer};
 use super::op::{Op, slot};
 use super::segment::{access, dpl, parse};
 use super::value::Value;
@@ -94,8 +95,9 @@ impl Cpu {
         self.refresh_segment_bases();
     }
 
-    /// The code segment that a far jump or call to `selector` enters, checked.
-    fn check_transfer(&mut self, selector: u16) -> Result<Segment> {
+    /// The code segment that a far jump or call to `selector` enters, checked; or the gate or task
+    /// that it leads through.
+    fn check_transfer(&mut self, selector: u16) -> Result<std::result::Result<Segment, Target>> {
         let index = selector & !3;
         if index == 0 {
             return Err(self.general_protection(0));
@@ -104,7 +106,9 @@ impl Cpu {
         let (raw, at) = self.read_descriptor(selector, Exception::GeneralProtection)?;
         let mut code = parse(index | u16::from(self.cpl), raw);
         let kind = code.access;
-        // Gates and task state segments are refused, too: nothing that runs here uses them.
+        if kind & access::S == 0 {
+            return Ok(Err(Target { selector, raw, at }));
+        }
         let is_code = kind & access::S != 0 && kind & access::CODE != 0;
         let conforming = kind & access::EXPAND_DOWN != 0;
         let level_fits = if conforming {
@@ -121,7 +125,7 @@ impl Cpu {
         }
         self.mark_accessed(raw, at)?;
         code.access |= access::ACCESSED;
-        Ok(code)
+        Ok(Ok(code))
     }
 
     fn check_far_target(&mut self, code: &Segment, target: u64) -> Result {
@@ -184,7 +188,12 @@ pub(crate) fn jmp(cpu: &mut Cpu, op: &Op, instruction: &Instruction) -> Result {
         cpu.rip = offset;
         return Ok(());
     }
-    let code = cpu.check_transfer(selector)?;
+    let code = match cpu.check_transfer(selector)? {
+        Ok(code) => code,
+        Err(target) => {
+            return cpu.transfer_by_system(target, (selector & 3) as u8, Transfer::Jump);
+        }
+    };
     cpu.check_far_target(&code, offset)?;
     let cpl = cpu.cpl;
     cpu.set_code_segment(code, cpl);
@@ -209,7 +218,12 @@ pub(crate) fn call(cpu: &mut Cpu, op: &Op, instruction: &Instruction) -> Result 
         cpu.rip = offset;
         return Ok(());
     }
-    let code = cpu.check_transfer(selector)?;
+    let code = match cpu.check_transfer(selector)? {
+        Ok(code) => code,
+        Err(target) => {
+            return cpu.transfer_by_system(target, (selector & 3) as u8, Transfer::Call);
+        }
+    };
     cpu.check_far_target(&code, offset)?;
     push_both(cpu)?;
     let cpl = cpu.cpl;
@@ -261,11 +275,16 @@ pub(crate) fn ret(cpu: &mut Cpu, _op: &Op, instruction: &Instruction) -> Result 
 /// SYSCALL, SYSRET, SYSENTER, SYSEXIT.
 pub(crate) fn system_call(cpu: &mut Cpu, _op: &Op, instruction: &Instruction) -> Result {
     match instruction.mnemonic() {
-        Mnemonic::Syscall => syscall(cpu),
-        Mnemonic::Sysret | Mnemonic::Sysretq => sysret(cpu, instruction.mnemonic()),
-        Mnemonic::Sysenter => sysenter(cpu),
-        _ => sysexit(cpu, instruction.mnemonic()),
+        Mnemonic::Syscall => syscall(cpu)?,
+        Mnemonic::Sysret | Mnemonic::Sysretq => sysret(cpu, instruction.mnemonic())?,
+        // What the baselines' processor, one of AMD's, lacks in IA-32e mode.
+        _ if cpu.is_long() => return Err(cpu.undefined()),
+        Mnemonic::Sysenter => return sysenter(cpu),
+        _ => return sysexit(cpu),
     }
+    // Of these two, the flag counts that they leave.
+    cpu.watch.step = cpu.system_flags & TF != 0;
+    Ok(())
 }
 
 fn syscall(cpu: &mut Cpu) -> Result {
@@ -274,6 +293,7 @@ fn syscall(cpu: &mut Cpu) -> Result {
     }
     let star = cpu.msrs.star;
     let selector = (star >> 32) as u16 & !3;
+    let stack = (star >> 32) as u16;
     if cpu.is_long() {
         let rflags = cpu.rflags() & !RF;
         let target = if cpu.is_64_bit() {
@@ -285,13 +305,13 @@ fn syscall(cpu: &mut Cpu) -> Result {
         cpu.set_reg(11, rflags);
         cpu.rip = target;
         cpu.set_rflags(rflags & !cpu.msrs.sfmask);
-        cpu.segments[segment::SS] = Cpu::flat(selector.wrapping_add(8), FLAT_DATA);
+        cpu.segments[segment::SS] = Cpu::flat(stack.wrapping_add(8), FLAT_DATA);
         cpu.set_code_segment(Cpu::flat(selector, FLAT_CODE_64), 0);
     } else {
         cpu.set_reg(slot::RCX, cpu.rip as u32);
         cpu.rip = star & 0xffff_ffff;
         cpu.system_flags &= !(IF | RF | VM);
-        cpu.segments[segment::SS] = Cpu::flat(selector.wrapping_add(8), FLAT_DATA);
+        cpu.segments[segment::SS] = Cpu::flat(stack.wrapping_add(8), FLAT_DATA);
         cpu.set_code_segment(Cpu::flat(selector, FLAT_CODE_32), 0);
     }
     Ok(())
@@ -333,45 +353,24 @@ fn sysenter(cpu: &mut Cpu) -> Result {
     if !cpu.is_protected() || selector == 0 {
         return Err(cpu.general_protection(0));
     }
-    let long = cpu.is_long();
     cpu.system_flags &= !(VM | IF | RF);
     cpu.segments[segment::SS] = Cpu::flat(selector.wrapping_add(8), FLAT_DATA);
-    let code = if long { FLAT_CODE_64 } else { FLAT_CODE_32 };
-    cpu.set_code_segment(Cpu::flat(selector, code), 0);
-    let mask = if long { u64::MAX } else { 0xffff_ffff };
-    cpu.set_reg(slot::RSP, cpu.msrs.sysenter_esp & mask);
-    cpu.rip = cpu.msrs.sysenter_eip & mask;
+    cpu.set_code_segment(Cpu::flat(selector, FLAT_CODE_32), 0);
+    cpu.set_reg(slot::RSP, cpu.msrs.sysenter_esp as u32);
+    cpu.rip = cpu.msrs.sysenter_eip & 0xffff_ffff;
     Ok(())
 }
 
-fn sysexit(cpu: &mut Cpu, mnemonic: Mnemonic) -> Result {
+fn sysexit(cpu: &mut Cpu) -> Result {
     let base = cpu.msrs.sysenter_cs as u16 & !3;
     if !cpu.is_protected() || cpu.cpl != 0 || base == 0 {
         return Err(cpu.general_protection(0));
     }
-    let wide = mnemonic == Mnemonic::Sysexitq;
-    let (rcx, rdx) = (cpu.slot(slot::RCX), cpu.slot(slot::RDX));
-    if wide && !(is_canonical(rcx) && is_canonical(rdx)) {
-        return Err(cpu.general_protection(0));
-    }
-    let (code, stack, access, mask) = if wide {
-        (
-            base.wrapping_add(32),
-            base.wrapping_add(40),
-            FLAT_CODE_64,
-            u64::MAX,
-        )
-    } else {
-        (
-            base.wrapping_add(16),
-            base.wrapping_add(24),
-            FLAT_CODE_32,
-            0xffff_ffff,
-        )
-    };
-    cpu.segments[segment::SS] = Cpu::flat(stack | 3, FLAT_DATA | USER);
-    cpu.set_code_segment(Cpu::flat(code | 3, access | USER), 3);
-    cpu.set_reg(slot::RSP, rcx & mask);
-    cpu.rip = rdx & mask;
+    let (ecx, edx) = (cpu.slot(slot::RCX) as u32, cpu.slot(slot::RDX) as u32);
+    let (code, stack) = (base.wrapping_add(16) | 3, base.wrapping_add(24) | 3);
+    cpu.segments[segment::SS] = Cpu::flat(stack, FLAT_DATA | USER);
+    cpu.set_code_segment(Cpu::flat(code, FLAT_CODE_32 | USER), 3);
+    cpu.set_reg(slot::RSP, ecx);
+    cpu.rip = edx.into();
     Ok(())
 }

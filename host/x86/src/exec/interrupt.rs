@@ -5,8 +5,9 @@ use iced_x86::{Code, Instruction};
 use super::flags::{self, AC, Flags, IF, NT, RF, TF, VM};
 use super::op::{Op, slot};
 use super::segment::{access, dpl, parse};
+use super::task::Switch;
 use super::{Exception, Result};
-use crate::cpu::Cpu;
+use crate::cpu::{AbortReason, Cpu};
 use crate::mmu::is_canonical;
 use crate::state::{Segment, segment};
 
@@ -31,6 +32,7 @@ impl Cpu {
     pub(crate) fn set_rflags(&mut self, value: u64) {
         self.flags = Flags::from_rflags(value);
         self.system_flags = value & flags::ALL & !flags::ARITHMETIC;
+        self.refresh_watch();
         self.budget = 0;
     }
 
@@ -40,10 +42,22 @@ impl Cpu {
         if !self.is_protected() && self.system_flags & VM == 0 {
             return self.interrupt_real(vector);
         }
-        let external = u16::from(source != Source::Software);
+        let outcome = self.interrupt_protected(vector, source, error);
+        if outcome.is_ok() {
+            // The handler is no instruction that is stepped over.
+            self.watch.step = false;
+        } else if source != Source::Software
+            && let AbortReason::Exception(exception) = &mut self.abort
+        {
+            exception.mark_external();
+        }
+        outcome
+    }
+
+    fn interrupt_protected(&mut self, vector: u8, source: Source, error: Option<u32>) -> Result {
         let size = if self.is_long() { 16 } else { 8 };
         let offset = u64::from(vector) * size;
-        let selector_error = u16::from(vector) << 3 | 2 | external;
+        let selector_error = u16::from(vector) << 3 | 2;
         if offset + size - 1 > u64::from(self.idtr.limit) {
             return Err(self.general_protection(selector_error));
         }
@@ -58,18 +72,22 @@ impl Cpu {
         let Some(gate) = gate else {
             return Err(self.general_protection(selector_error));
         };
+        let from_v86 = self.system_flags & VM != 0;
         if source == Source::Software && gate.dpl < self.cpl {
             return Err(self.general_protection(selector_error));
         }
         if !gate.present {
             return Err(self.raise(Exception::SegmentNotPresent(selector_error)));
         }
+        if gate.task {
+            return self.switch_task(gate.selector, Switch::Nested, error);
+        }
         if gate.selector & !3 == 0 {
-            return Err(self.general_protection(external));
+            return Err(self.general_protection(0));
         }
         let (raw, at) = self.read_descriptor(gate.selector, Exception::GeneralProtection)?;
         let mut code = parse(gate.selector, raw);
-        let index = gate.selector & !3 | external;
+        let index = gate.selector & !3;
         let kind = code.access;
         let is_code = kind & access::S != 0 && kind & access::CODE != 0;
         let long_fits = !self.is_long() || kind & access::LONG != 0 && kind & access::BIG == 0;
@@ -81,6 +99,9 @@ impl Cpu {
         }
         let conforming = kind & access::EXPAND_DOWN != 0;
         let new_cpl = if conforming { self.cpl } else { dpl(kind) };
+        if from_v86 && new_cpl != 0 {
+            return Err(self.general_protection(index));
+        }
         self.mark_accessed(raw, at)?;
         code.selector = gate.selector & !3 | u16::from(new_cpl);
         code.access |= access::ACCESSED;
@@ -117,46 +138,27 @@ impl Cpu {
         } else {
             self.rsp()
         };
-        if !is_canonical(stack) || !is_canonical(gate.offset) {
+        if !is_canonical(gate.offset) {
             return Err(self.general_protection(0));
         }
-        let mut at = stack & !15;
-        let frame = [
-            Some(u64::from(self.segments[segment::SS].selector)),
-            Some(self.rsp()),
-            Some(rflags),
-            Some(u64::from(self.segments[segment::CS].selector)),
-            Some(self.rip),
-            error.map(u64::from),
+        let mut frame = vec![
+            u64::from(self.segments[segment::SS].selector),
+            self.rsp(),
+            rflags,
+            u64::from(self.segments[segment::CS].selector),
+            self.rip,
         ];
-        for value in frame.into_iter().flatten() {
-            at = at.wrapping_sub(8);
-            if new_cpl == 3 {
-                self.store(at, slot::SS, value)?;
-            } else {
-                self.store_system(at, value)?;
-            }
-        }
-        if outer {
-            self.segments[segment::SS] = Segment {
-                selector: new_cpl.into(),
-                base: 0,
-                limit: 0,
-                access: u16::from(new_cpl) << 5,
-                unusable: true,
-            };
-        }
+        frame.extend(error.map(u64::from));
+        let new_stack = if outer {
+            Segment::null_stack(new_cpl)
+        } else {
+            self.segments[segment::SS]
+        };
+        let at = self.push_frame(&new_stack, (stack & !15, 8), &frame, new_cpl)?;
+        self.segments[segment::SS] = new_stack;
         self.set_reg(slot::RSP, at);
         self.set_code_segment(code, new_cpl);
         Ok(())
-    }
-
-    /// A stack pointer from the 64-bit task state segment.
-    fn load_task_stack(&mut self, offset: u64) -> Result<u64> {
-        if self.tr.unusable || offset + 7 > u64::from(self.tr.limit) {
-            return Err(self.raise(Exception::InvalidTss(self.tr.selector & !3)));
-        }
-        self.load_system(self.tr.base.wrapping_add(offset))
     }
 
     fn enter_protected(
@@ -170,29 +172,11 @@ impl Cpu {
         let outer = new_cpl != self.cpl || from_v86;
         let (mut stack_segment, mut stack) = (self.segments[segment::SS], self.rsp());
         if outer {
-            let (selector, pointer) = self.load_task_stack_32(new_cpl)?;
-            let (raw, at) = self.read_descriptor(selector, Exception::InvalidTss)?;
-            stack_segment = parse(selector, raw);
-            let kind = stack_segment.access;
-            let fits = kind & (access::S | access::CODE | access::WRITABLE)
-                == access::S | access::WRITABLE
-                && dpl(kind) == new_cpl
-                && (selector & 3) as u8 == new_cpl;
-            if !fits || selector & !3 == 0 {
-                return Err(self.raise(Exception::InvalidTss(selector & !3)));
-            }
-            if kind & access::PRESENT == 0 {
-                return Err(self.raise(Exception::StackFault(selector & !3)));
-            }
-            self.mark_accessed(raw, at)?;
-            stack_segment.access |= access::ACCESSED;
-            stack = pointer;
+            (stack_segment, stack) = self.inner_stack(new_cpl)?;
         }
-        let mask = if stack_segment.access & access::BIG != 0 {
-            0xffff_ffff
-        } else {
-            0xffff
-        };
+        if gate.offset > u64::from(code.limit) {
+            return Err(self.general_protection(0));
+        }
         let selector = |index: usize| Some(u64::from(self.segments[index].selector));
         let v86 = |index: usize| if from_v86 { selector(index) } else { None };
         let frame = [
@@ -207,18 +191,8 @@ impl Cpu {
             Some(self.rip),
             error.map(u64::from),
         ];
-        let mut at = stack;
-        for value in frame.into_iter().flatten() {
-            at = at.wrapping_sub(gate.size) & mask;
-            let linear = stack_segment.base.wrapping_add(at) & 0xffff_ffff;
-            if new_cpl == 3 {
-                self.store_sized(linear, gate.size, value)?;
-            } else if gate.size == 2 {
-                self.store_system(linear, value as u16)?;
-            } else {
-                self.store_system(linear, value as u32)?;
-            }
-        }
+        let frame: Vec<u64> = frame.into_iter().flatten().collect();
+        let at = self.push_frame(&stack_segment, (stack, gate.size), &frame, new_cpl)?;
         if from_v86 {
             for index in [segment::ES, segment::DS, segment::FS, segment::GS] {
                 self.segments[index] = Segment {
@@ -232,27 +206,6 @@ impl Cpu {
         self.set_code_segment(code, new_cpl);
         self.set_stack_pointer(at);
         Ok(())
-    }
-
-    /// Stack segment and pointer of a 16- or 32-bit task state segment.
-    fn load_task_stack_32(&mut self, cpl: u8) -> Result<(u16, u64)> {
-        let big = self.tr.access & 8 != 0;
-        let (offset, size) = if big {
-            (4 + 8 * u64::from(cpl), 6)
-        } else {
-            (2 + 4 * u64::from(cpl), 4)
-        };
-        if self.tr.unusable || offset + size - 1 > u64::from(self.tr.limit) {
-            return Err(self.raise(Exception::InvalidTss(self.tr.selector & !3)));
-        }
-        let at = self.tr.base.wrapping_add(offset);
-        if big {
-            let pointer = self.load_system::<u32>(at)?;
-            Ok((self.load_system::<u16>(at.wrapping_add(4))?, pointer.into()))
-        } else {
-            let pointer = self.load_system::<u16>(at)?;
-            Ok((self.load_system::<u16>(at.wrapping_add(2))?, pointer.into()))
-        }
     }
 
     fn interrupt_real(&mut self, vector: u8) -> Result {
@@ -277,7 +230,7 @@ impl Cpu {
     }
 }
 
-/// An interrupt or trap gate.
+/// An interrupt, trap or task gate.
 struct Gate {
     selector: u16,
     offset: u64,
@@ -285,6 +238,8 @@ struct Gate {
     present: bool,
     /// Clears IF.
     interrupt: bool,
+    /// Switches to the task that the selector names.
+    task: bool,
     /// Bytes of a pushed value.
     size: u64,
     /// Interrupt stack table entry, 0 for none.
@@ -298,6 +253,7 @@ impl Gate {
             (0xe | 0xf, true) => 8,
             (0xe | 0xf, false) => 4,
             (6 | 7, false) => 2,
+            (5, false) => 0,
             _ => return None,
         };
         let offset = low & 0xffff
@@ -313,6 +269,7 @@ impl Gate {
             dpl: (low >> 45 & 3) as u8,
             present: low >> 47 & 1 != 0,
             interrupt: kind & 1 == 0,
+            task: kind == 5,
             size,
             stack: if long { (low >> 32 & 7) as u8 } else { 0 },
         })
@@ -375,8 +332,10 @@ pub(crate) fn iret(cpu: &mut Cpu, _op: &Op, instruction: &Instruction) -> Result
         return Ok(());
     }
     if cpu.system_flags & NT != 0 {
-        // A return to another task; tasks are not offered, as in 64-bit mode.
-        return Err(cpu.general_protection(0));
+        if cpu.is_long() {
+            return Err(cpu.general_protection(0));
+        }
+        return cpu.return_from_task();
     }
     let (rip, _) = cpu.peek(0, size)?;
     let (cs, _) = cpu.peek(size, size)?;

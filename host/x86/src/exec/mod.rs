@@ -40,6 +40,7 @@ pub(crate) mod bits;
 pub(crate) mod branch;
 pub(crate) mod far;
 pub(crate) mod flags;
+pub(crate) mod gate;
 pub(crate) mod interrupt;
 pub(crate) mod moves;
 pub(crate) mod msr;
@@ -49,6 +50,7 @@ pub(crate) mod shift;
 pub(crate) mod stack;
 pub(crate) mod string;
 pub(crate) mod system;
+pub(crate) mod task;
 pub(crate) mod value;
 
 use crate::cpu::Cpu;
@@ -79,10 +81,22 @@ pub(crate) enum Exception {
     /// Linear address and error code.
     PageFault(u64, u32),
     X87,
+    AlignmentCheck,
     Simd,
 }
 
 impl Exception {
+    /// Says in the error code that something outside of the program led to it (EXT).
+    pub(crate) fn mark_external(&mut self) {
+        if let Self::InvalidTss(code)
+        | Self::SegmentNotPresent(code)
+        | Self::StackFault(code)
+        | Self::GeneralProtection(code) = self
+        {
+            *code |= 1;
+        }
+    }
+
     /// Vector and error code.
     pub(crate) fn vector(self) -> (u8, Option<u32>) {
         match self {
@@ -98,6 +112,7 @@ impl Exception {
             Self::GeneralProtection(code) => (13, Some(code.into())),
             Self::PageFault(_, code) => (14, Some(code)),
             Self::X87 => (16, None),
+            Self::AlignmentCheck => (17, Some(0)),
             Self::Simd => (19, None),
         }
     }

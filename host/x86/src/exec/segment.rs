@@ -264,6 +264,7 @@ pub(crate) fn mov_to(cpu: &mut Cpu, op: &Op, instruction: &Instruction) -> Resul
     cpu.load_segment(index, selector)?;
     if index == segment::SS {
         cpu.shadow = true;
+        cpu.watch.after_stack_load = true;
         cpu.budget = 0;
     }
     Ok(())
@@ -299,6 +300,7 @@ pub(crate) fn pop(cpu: &mut Cpu, _op: &Op, instruction: &Instruction) -> Result 
     cpu.set_stack_pointer(rsp);
     if index == segment::SS {
         cpu.shadow = true;
+        cpu.watch.after_stack_load = true;
         cpu.budget = 0;
     }
     Ok(())

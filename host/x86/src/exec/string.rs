@@ -8,7 +8,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::Result;
 use super::alu::{Alu, Cmp};
-use super::flags::{DF, TF};
+use super::flags::DF;
 use super::op::{Op, slot};
 use super::segment::index_of;
 use super::value::Value;
@@ -126,11 +126,7 @@ fn run<T: Value>(cpu: &mut Cpu, instruction: &Instruction) -> Result {
     } else {
         1
     };
-    let mut rounds = if cpu.system_flags & TF != 0 {
-        1
-    } else {
-        ROUNDS
-    };
+    let mut rounds = if cpu.steps() { 1 } else { ROUNDS };
     while left > 0 {
         if rounds == 0 {
             // More to do: the same instruction once more.

@@ -33,7 +33,11 @@ impl Cpu {
 
     /// Writes CR0.
     pub(crate) fn write_cr0(&mut self, value: u64) -> Result {
+        if value >> 32 != 0 {
+            return Err(self.general_protection(0));
+        }
         let value = value & CR0_ALL | CR0_ET;
+        let changed = self.cr0 ^ value;
         let paging_without_protection = value & (CR0_PG | CR0_PE) == CR0_PG;
         let write_through_without_cache = value & (CR0_CD | CR0_NW) == CR0_NW;
         if paging_without_protection || write_through_without_cache {
@@ -43,18 +47,21 @@ impl Cpu {
         if switched && value & CR0_PG != 0 {
             if self.msrs.efer & EFER_LME != 0 {
                 let code = self.segments[crate::state::segment::CS].access;
-                if self.cr4 & CR4_PAE == 0 || code & access::LONG != 0 {
+                let short_task = !self.tr.unusable && matches!(self.tr.access & 0x1f, 1 | 3);
+                if self.cr4 & CR4_PAE == 0 || code & access::LONG != 0 || short_task {
                     return Err(self.general_protection(0));
                 }
                 self.msrs.efer |= EFER_LMA;
-            } else if self.cr4 & CR4_PAE != 0 && !self.load_pdptes(self.cr3) {
-                return Err(self.general_protection(0));
             }
         } else if switched {
             if self.is_64_bit() {
                 return Err(self.general_protection(0));
             }
             self.msrs.efer &= !EFER_LMA;
+        }
+        let pae = value & CR0_PG != 0 && self.cr4 & CR4_PAE != 0 && !self.is_long();
+        if pae && changed & (CR0_PG | CR0_CD | CR0_NW) != 0 && !self.load_pdptes(self.cr3) {
+            return Err(self.general_protection(0));
         }
         let old = self.cr0;
         self.cr0 = value;
@@ -90,8 +97,9 @@ impl Cpu {
             return Err(self.general_protection(0));
         }
         let changed = self.cr4 ^ value;
-        let paging = self.cr0 & CR0_PG != 0;
-        if paging && value & CR4_PAE != 0 && changed & CR4_PAE != 0 && !self.load_pdptes(self.cr3) {
+        let pae = self.cr0 & CR0_PG != 0 && value & CR4_PAE != 0 && !self.is_long();
+        let reloads = changed & (CR4_PAE | CR4_PGE | CR4_PSE) != 0;
+        if pae && reloads && !self.load_pdptes(self.cr3) {
             return Err(self.general_protection(0));
         }
         self.cr4 = value;
@@ -114,8 +122,23 @@ impl Cpu {
 
 /// MOV to and from control and debug registers.
 pub(crate) fn mov_control(cpu: &mut Cpu, op: &Op, instruction: &Instruction) -> Result {
-    cpu.check_supervisor()?;
     let (to, from) = (instruction.op0_register(), instruction.op1_register());
+    let (register, debug) = (
+        if to.is_gpr() { from } else { to },
+        to.is_dr() || from.is_dr(),
+    );
+    let exists = match register.number() {
+        4 | 5 if debug => cpu.cr4 & CR4_DE == 0,
+        number if debug => number < 8,
+        number => matches!(number, 0 | 2..=4 | 8),
+    };
+    if !exists {
+        return Err(cpu.undefined());
+    }
+    cpu.check_supervisor()?;
+    if debug {
+        cpu.check_debug_access()?;
+    }
     let wide = cpu.is_64_bit();
     if to.is_cr() {
         let value = if wide {
@@ -155,10 +178,8 @@ pub(crate) fn mov_control(cpu: &mut Cpu, op: &Op, instruction: &Instruction) -> 
         Register::CR8 => cpu.apic.cr8(),
         _ if from.is_dr() => match from.number() {
             index @ 0..=3 => cpu.dr[index],
-            4 | 5 if cpu.cr4 & CR4_DE != 0 => return Err(cpu.undefined()),
             4 | 6 => cpu.dr6,
-            5 | 7 => cpu.dr7,
-            _ => return Err(cpu.undefined()),
+            _ => cpu.dr7,
         },
         _ => return Err(cpu.undefined()),
     };
@@ -169,12 +190,12 @@ pub(crate) fn mov_control(cpu: &mut Cpu, op: &Op, instruction: &Instruction) -> 
 fn mov_to_debug(cpu: &mut Cpu, index: usize, value: u64) -> Result {
     match index {
         0..=3 => cpu.dr[index] = value,
-        4 | 5 if cpu.cr4 & CR4_DE != 0 => return Err(cpu.undefined()),
         4..=7 if value >> 32 != 0 => return Err(cpu.general_protection(0)),
         4 | 6 => cpu.dr6 = value & 0xe00f | DR6_FIXED,
-        5 | 7 => cpu.dr7 = value & 0xffff_2bff | DR7_FIXED,
-        _ => return Err(cpu.undefined()),
+        _ => cpu.dr7 = value & 0xffff_2bff | DR7_FIXED,
     }
+    cpu.refresh_watch();
+    cpu.budget = 0;
     Ok(())
 }
 
@@ -291,7 +312,7 @@ pub(crate) fn load_system_segment(cpu: &mut Cpu, op: &Op, instruction: &Instruct
         return Err(cpu.raise(Exception::SegmentNotPresent(index)));
     }
     if cpu.is_long() {
-        if u64::from(selector | 15) > u64::from(cpu.gdtr.limit) {
+        if u64::from(index & !7) + 15 > u64::from(cpu.gdtr.limit) {
             return Err(cpu.general_protection(index));
         }
         let high = cpu.load_system::<u64>(at.wrapping_add(8))?;

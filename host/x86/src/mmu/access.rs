@@ -149,6 +149,14 @@ impl Cpu {
 
     /// Loads any number of bytes.
     pub(crate) fn read_bytes(&mut self, address: u64, seg: u8, bytes: &mut [u8]) -> Result {
+        // Its parts are not accesses of their own.
+        let alignment = std::mem::take(&mut self.watch.alignment);
+        let outcome = self.read_parts(address, seg, bytes);
+        self.watch.alignment = alignment;
+        outcome
+    }
+
+    fn read_parts(&mut self, address: u64, seg: u8, bytes: &mut [u8]) -> Result {
         let mut at = address;
         for chunk in bytes.chunks_mut(8) {
             if let Ok(whole) = <&mut [u8; 8]>::try_from(&mut *chunk) {
@@ -165,6 +173,13 @@ impl Cpu {
 
     /// Stores any number of bytes; all pages are checked before any is written.
     pub(crate) fn write_bytes(&mut self, address: u64, seg: u8, bytes: &[u8]) -> Result {
+        let alignment = std::mem::take(&mut self.watch.alignment);
+        let outcome = self.write_parts(address, seg, bytes);
+        self.watch.alignment = alignment;
+        outcome
+    }
+
+    fn write_parts(&mut self, address: u64, seg: u8, bytes: &[u8]) -> Result {
         self.check_writable(address, bytes.len() as u64, seg)?;
         let mut at = address;
         for chunk in bytes.chunks(8) {
@@ -205,13 +220,13 @@ impl Cpu {
             // SAFETY: the entry serves all bytes, which lie in one page of RAM.
             return Ok(unsafe { T::load(entry.host(address)) });
         }
-        let value = self.load_slow(address, T::BYTES, slot::ZERO, Privilege::Supervisor)?;
+        let value = self.load_linear(address, T::BYTES, slot::ZERO, Privilege::Supervisor)?;
         Ok(T::from_u64(value))
     }
 
     /// Stores on behalf of the processor itself.
     pub(crate) fn store_system<T: Value>(&mut self, address: u64, value: T) -> Result {
-        self.store_slow(
+        self.store_linear(
             address,
             T::BYTES,
             slot::ZERO,
@@ -266,7 +281,7 @@ impl Cpu {
             return Ok((translation, None));
         }
         let ram = self.memory.ram_page(frame);
-        if let Some(ram) = ram {
+        if let Some(ram) = ram.filter(|_| !self.watch.accesses) {
             let writable =
                 translation.writable && !self.config.code.holds_code(frame) && !self.is_trying();
             self.counters.tlb_fills += 1;
@@ -288,6 +303,19 @@ impl Cpu {
     #[cold]
     #[inline(never)]
     fn load_slow(
+        &mut self,
+        address: u64,
+        bytes: u64,
+        seg: u8,
+        privilege: Privilege,
+    ) -> Result<u64> {
+        if self.watch.accesses {
+            self.look_at_access(address, bytes, false)?;
+        }
+        self.load_linear(address, bytes, seg, privilege)
+    }
+
+    fn load_linear(
         &mut self,
         address: u64,
         bytes: u64,
@@ -318,6 +346,21 @@ impl Cpu {
         value: u64,
         privilege: Privilege,
     ) -> Result {
+        if self.watch.accesses {
+            self.look_at_access(address, bytes, true)?;
+        }
+        self.store_linear(address, bytes, seg, value, privilege)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "what a store is, in registers")]
+    fn store_linear(
+        &mut self,
+        address: u64,
+        bytes: u64,
+        seg: u8,
+        value: u64,
+        privilege: Privilege,
+    ) -> Result {
         let last = address.wrapping_add(bytes - 1);
         self.check_canonical(address, last, seg)?;
         let first = self.translate_filling(address, Access::Write, privilege)?;
@@ -335,6 +378,9 @@ impl Cpu {
     #[cold]
     #[inline(never)]
     fn prepare_modify(&mut self, address: u64, bytes: u64, seg: u8) -> Result<u64> {
+        if self.watch.accesses {
+            self.look_at_access(address, bytes, true)?;
+        }
         self.check_writable(address, bytes, seg)?;
         self.load_slow(address, bytes, seg, self.privilege())
     }

@@ -22,6 +22,10 @@ const NO_EXECUTE: u64 = 1 << 63;
 const ADDRESS: u64 = ((1 << PHYSICAL_BITS) - 1) & !0xfff;
 /// Address bits that this processor does not have.
 const RESERVED: u64 = ((1 << 52) - 1) & !((1 << PHYSICAL_BITS) - 1);
+/// Bits that 64-bit paging leaves to software and PAE paging reserves.
+const RESERVED_PAE: u64 = ((1 << 63) - 1) & !((1 << 52) - 1);
+/// What 4 MiB pages reserve without PSE-36, which no baseline offers.
+const RESERVED_4M: u64 = 0x3f_e000;
 
 /// What an access wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,7 +92,11 @@ impl Cpu {
                 code |= match access {
                     Access::Read => 0,
                     Access::Write => 1 << 1,
-                    Access::Execute if self.msrs.efer & EFER_NXE != 0 => 1 << 4,
+                    Access::Execute
+                        if self.msrs.efer & EFER_NXE != 0 && self.cr4 & CR4_PAE != 0 =>
+                    {
+                        1 << 4
+                    }
                     Access::Execute => 0,
                 };
                 if privilege == Privilege::User {
@@ -129,6 +137,9 @@ impl Cpu {
         if self.msrs.efer & EFER_NXE == 0 {
             reserved |= NO_EXECUTE;
         }
+        if !long {
+            reserved |= RESERVED_PAE;
+        }
         for (level, &shift) in format.levels.iter().enumerate() {
             let index = address >> shift & ((1 << format.index_bits) - 1);
             let at = table + index * format.entry;
@@ -143,7 +154,8 @@ impl Cpu {
             no_execute |= format.entry == 8 && entry & NO_EXECUTE != 0;
             let last = shift == 12;
             let large_allowed = match format.entry {
-                8 => shift == 21 || shift == 30,
+                // Pages of 1 GiB are offered by no baseline.
+                8 => shift == 21,
                 _ => self.cr4 & CR4_PSE != 0,
             };
             let large = !last && entry & LARGE != 0 && (large_allowed || format.entry == 8);
@@ -169,11 +181,10 @@ impl Cpu {
                 return Err(RESERVED_BIT);
             }
             if format.entry == 4 {
-                frame = entry & 0xffff_ffff & !mask;
-                if large {
-                    // PSE-36: bits 13-20 are address bits 32-39.
-                    frame |= (entry >> 13 & 0xff) << 32;
+                if large && entry & RESERVED_4M != 0 {
+                    return Err(RESERVED_BIT);
                 }
+                frame = entry & 0xffff_ffff & !mask;
             }
             let user = rights & USER != 0;
             let writable = rights & WRITABLE != 0
@@ -245,7 +256,9 @@ impl Cpu {
         for (index, pointer) in pointers.iter_mut().enumerate() {
             let at = (cr3 & 0xffff_ffe0) + index as u64 * 8;
             *pointer = self.read_entry(at, 8).unwrap_or(0);
-            if *pointer & PRESENT != 0 && *pointer & (RESERVED | NO_EXECUTE | 0x1e6) != 0 {
+            if *pointer & PRESENT != 0
+                && *pointer & (RESERVED | RESERVED_PAE | NO_EXECUTE | 0x1e6) != 0
+            {
                 return false;
             }
         }

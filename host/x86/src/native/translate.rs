@@ -387,6 +387,13 @@ struct State {
 
 /// Is it done here, and not by the interpreter in any case?
 pub(crate) fn is_known(i: &Instruction) -> bool {
+    let (to, from) = (i.op0_register(), i.op1_register());
+    let of_system = |r: Register| r.is_cr() || r.is_dr() || r.is_segment_register();
+    let far = i.is_call_far() || i.is_call_far_indirect();
+    let far = far || i.is_jmp_far() || i.is_jmp_far_indirect();
+    if far || of_system(to) || of_system(from) {
+        return false;
+    }
     matches!(
         i.mnemonic(),
         M::Lea | M::Push | M::Pop | M::Leave | M::Jmp | M::Call | M::Ret | M::Div | M::Idiv

@@ -186,8 +186,9 @@ fn the_local_apic_answers_at_its_page() {
         a.mov(eax, dword_ptr(rbx + 0x30)).unwrap();
         a.hlt().unwrap();
     });
-    // The fourth gigabyte, mapped large.
-    machine.ram.set(PDPT + 3 * 8, 0xc000_0000 | 0x87);
+    // The fourth gigabyte has a directory of its own, with one large page.
+    machine.ram.set(PDPT + 3 * 8, (PT + 0x1000) | 7);
+    machine.ram.set(PT + 0x1000 + 0x1f7 * 8, 0xfee0_0000 | 0x87);
     let state = machine.halt();
     assert_ne!(state.gpr[gpr::RAX], 0);
     assert_eq!(*machine.sent.0.lock().unwrap(), [3 << 32 | 0x4041]);
