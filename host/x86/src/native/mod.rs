@@ -44,7 +44,7 @@ use crate::cpu::{Cpu, Translation};
 use crate::decode::Block;
 use crate::exec::flags::{ARITHMETIC, Flags, OF};
 use crate::exec::op::Op;
-use code::CodeMemory;
+pub(crate) use code::CodeMemory;
 use emit::Assembler;
 pub(crate) use translate::is_known;
 pub(crate) use verify::Replaced;

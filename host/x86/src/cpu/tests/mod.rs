@@ -1,6 +1,7 @@
 //! Small machine-code programs, and what the processor makes of them.
 
 mod access;
+mod avx;
 mod branches;
 mod code;
 mod events;
@@ -19,7 +20,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use iced_x86::code_asm::CodeAssembler;
 
 use super::{Cpu, CpuConfig, Stop, Translation};
-use crate::cpuid;
+use crate::cpuid::{self, Baseline};
 use crate::kvmclock::GuestClock;
 use crate::lapic::{InterruptRouter, Mailbox};
 use crate::memory::{PhysicalMemory, RamPage};
@@ -178,6 +179,10 @@ impl Machine {
     }
 
     fn beside(id: u32, ram: Arc<Ram>, code: Arc<CodeMap>) -> Self {
+        Self::of(&cpuid::X86_64_V2, id, ram, code)
+    }
+
+    fn of(baseline: &'static Baseline, id: u32, ram: Arc<Ram>, code: Arc<CodeMap>) -> Self {
         let mailbox = Arc::new(Mailbox::new(id));
         let sent = Arc::new(Sent::default());
         // These tests are there twice.
@@ -188,7 +193,7 @@ impl Machine {
         let config = CpuConfig {
             id,
             cpus: 2,
-            baseline: &cpuid::X86_64_V2,
+            baseline,
             clock: Arc::new(GuestClock::new(2_000_000)),
             code: Arc::clone(&code),
             mark: MARK,
