@@ -22,6 +22,7 @@
 //! Calls and returns are the host's own as well; on the host's stack lie the calls that are open, until
 //! something leaves.
 
+mod avx;
 mod branches;
 mod code;
 mod emit;
@@ -78,6 +79,10 @@ pub(crate) struct Context {
     arithmetic_done: u8,
     /// Where translated code left.
     exit: u32,
+    /// Not zero: an AVX instruction raises an exception here.
+    avx_blocked: u64,
+    /// The low five bits.
+    low_bits_wide: u64,
     /// The low four bits, and the signs of 32 and of 64 bits.
     low_bits: u64,
     sign_bits: [u64; 2],
@@ -108,6 +113,8 @@ impl Context {
             tlb_bits: crate::mmu::TLB_BITS,
             page_bits: !crate::mmu::PAGE_OFFSET,
             jump_bits: ((JUMPS - 1) * size_of::<KnownJump>()) as u64,
+            avx_blocked: 0,
+            low_bits_wide: 31,
             low_bits: 15,
             sign_bits: [1 << 31, 1 << 63],
             direction_bit: crate::exec::flags::DF,

@@ -358,3 +358,68 @@ fn a_gather_goes_on_behind_a_page_fault_where_it_stopped() {
     assert_eq!(lanes(160), [100, 101, 0x400 + 100, 103]);
     assert_eq!(lanes(192), [0; 4]);
 }
+
+#[test]
+fn ymm_registers_and_memory_in_a_loop_come_to_the_same_sums() {
+    if !host_has_avx2() {
+        return;
+    }
+    let mut machine = assembled(|a| {
+        let mut again = a.create_label();
+        a.mov(r10d, DATA as i32).unwrap();
+        a.mov(r12d, 10).unwrap();
+        a.vpxor(ymm1, ymm1, ymm1).unwrap();
+        a.set_label(&mut again).unwrap();
+        a.vmovdqu(ymm0, ptr(r10 + 4)).unwrap();
+        a.vpaddd(ymm1, ymm1, ymm0).unwrap();
+        a.vpaddd(ymm1, ymm1, ptr(r10 + 64)).unwrap();
+        a.vmovdqa(ptr(r10 + 128), ymm1).unwrap();
+        a.vmovdqu(xmm3, ptr(r10 + 1)).unwrap();
+        a.vcvtdq2ps(ymm4, ymm1).unwrap();
+        a.vfmadd231ps(ymm5, ymm4, ymm4).unwrap();
+        a.vpextrd(r11d, xmm1, 1).unwrap();
+        a.andn(r13d, r12d, r11d).unwrap();
+        a.dec(r12d).unwrap();
+        a.jnz(again).unwrap();
+        // Beside its alignment: it has run often, and faults.
+        a.add(r10, 16).unwrap();
+        a.mov(r12d, 1).unwrap();
+        a.jmp(again).unwrap();
+    })
+    .with(|state| {
+        state.xsave[512] = 7;
+        state.xsave[576..832].fill(0xee);
+        state.xsave[576 + 5 * 16..][..16].fill(0);
+    });
+    for index in 0..64_u32 {
+        machine
+            .ram
+            .write(DATA + u64::from(index) * 4, &index.to_le_bytes());
+    }
+    let frame = machine.fault(13);
+    let state = machine.cpu.state();
+    assert_eq!(frame[0], 0);
+    let lane = |at: usize| {
+        let bytes = state.xsave[at..].first_chunk().unwrap();
+        u32::from_le_bytes(*bytes)
+    };
+    for index in 0..8_u32 {
+        let stored = machine.ram.get(DATA + 128 + u64::from(index) * 4) as u32;
+        assert_eq!(stored, 10 * (index + 1 + index + 16), "lane {index}");
+        let half = if index < 4 { 160 } else { 576 };
+        let at = |register: usize| half + register * 16 + (index as usize & 3) * 4;
+        // One round more has added what lies 16 bytes on.
+        let sum = stored + (index + 5) + (index + 20);
+        assert_eq!(lane(at(1)), sum, "lane {index}");
+        let mut squares = 0.0_f32;
+        for round in 1..=10_u32 {
+            let value = (round * (2 * index + 17)) as f32;
+            squares = value.mul_add(value, squares);
+        }
+        assert_eq!(f32::from_bits(lane(at(5))), squares, "lane {index}");
+    }
+    assert_eq!(state.xsave[576 + 3 * 16..][..16], [0; 16]);
+    assert_eq!(state.xsave[576 + 6 * 16..][..16], [0xee; 16]);
+    assert_eq!(state.gpr[11], u64::from(10 * (2 + 17_u32)));
+    assert_eq!(state.gpr[13], state.gpr[11] & !1);
+}
