@@ -265,7 +265,7 @@ pub struct VmConfig {
     /// Engine.
     #[serde(default)]
     pub engine: EngineChoice,
-    /// Named CPU baseline that the guest sees; x86-64-v2 when absent.
+    /// Named CPU baseline that the guest sees (x86-64-v1, -v2 or -v3); x86-64-v2 when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub baseline: Option<String>,
     /// What a guest's reboot does.

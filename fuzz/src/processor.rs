@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use dunlin_x86::cpuid::X86_64_V2;
+use dunlin_x86::cpuid::X86_64_V3;
 use dunlin_x86::kvmclock::GuestClock;
 use dunlin_x86::lapic::{InterruptRouter, Mailbox};
 use dunlin_x86::memory::{PhysicalMemory, RamPage};
@@ -91,7 +91,7 @@ impl Machine {
         let config = CpuConfig {
             id: 0,
             cpus: 1,
-            baseline: &X86_64_V2,
+            baseline: &X86_64_V3,
             clock: Arc::new(GuestClock::new(2_000_000)),
             code: Arc::new(CodeMap::new()),
             mark: std::num::NonZeroU8::MIN,
@@ -224,8 +224,9 @@ fn start_state(mode: Mode, mut state: CpuState) -> CpuState {
     };
     state.rip = CODE;
     state.gpr[4] = STACK;
-    // SSE for the operating system.
-    state.cr4 = 0x600;
+    // SSE for the operating system, and AVX where the host executes it.
+    state.cr4 = 0x4_0600;
+    state.xcr0 = 7;
     let (code, data) = match mode {
         Mode::Real => {
             let code = &mut state.segments[segment::CS];

@@ -4,7 +4,10 @@ use serde_json::Value;
 
 use crate::support::{Bed, guest};
 
+/// The newest of those that the software CPU has on every host.
 const NEWEST: &str = "x86-64-v2";
+/// One whose instructions the host has to have.
+const BY_THE_HOST: &str = "x86-64-v3";
 
 /// What KVM lacks here of the newest baseline; `None`, said aloud, where it lacks nothing or
 /// there is no KVM.
@@ -36,14 +39,15 @@ fn refusal(missing: &str) -> String {
 fn the_probe_lists_each_baseline_under_each_engine() {
     let report = Bed::new().json(&["probe"]);
     let offers = report["baselines"].as_array().unwrap();
-    for name in ["x86-64-v1", NEWEST] {
+    for name in ["x86-64-v1", NEWEST, BY_THE_HOST] {
         for engine in ["soft", "kvm"] {
             let mut of = offers.iter();
             let of = of.find(|offer| offer["name"] == name && offer["engine"] == engine);
             let offer = of.unwrap_or(&Value::Null);
             let lacks = offer["missing"].is_array() || offer["reason"].is_string();
             assert_eq!(offer["usable"], !lacks, "{offer}");
-            assert!(engine == "kvm" || offer["usable"] == true, "{offer}");
+            let always = engine == "soft" && name != BY_THE_HOST;
+            assert!(!always || offer["usable"] == true, "{offer}");
         }
     }
 }
@@ -119,4 +123,25 @@ fn running_and_restoring_are_refused_in_the_same_words() {
     assert!(text.contains(&refusal(&missing)), "{text}");
     assert!(bed.is_empty());
     bed.json(&["restore", path, "--engine", "soft", "--detach"]);
+}
+
+#[test]
+fn a_guest_with_avx_runs_or_the_features_that_the_host_lacks_are_named() {
+    let bed = Bed::new();
+    let report = bed.json(&["probe"]);
+    let mut offers = report["baselines"].as_array().unwrap().iter();
+    let offer = offers.find(|offer| offer["name"] == BY_THE_HOST && offer["engine"] == "soft");
+    let offer = offer.unwrap();
+    if offer["usable"] == true {
+        bed.run_as(("soft", BY_THE_HOST), "a", &guest::letters(), &[]);
+        bed.console("a").at_least(10);
+        return;
+    }
+    let kernel = guest::kernel(bed.folder(), &guest::letters());
+    let kernel = kernel.to_str().unwrap();
+    let options = ["run", "--engine", "soft", "--baseline", BY_THE_HOST];
+    let text = bed.fails(&[&options[..], &["--kernel", kernel]].concat());
+    for name in offer["missing"].as_array().unwrap() {
+        assert!(text.contains(name.as_str().unwrap()), "{text}");
+    }
 }

@@ -16,7 +16,7 @@ use dunlin_hypervisor::kvm::KvmVm;
 use dunlin_hypervisor::probe::measure_ring0;
 use dunlin_hypervisor::soft::SoftVm;
 use dunlin_hypervisor::{Engine, Exit, Vcpu, VcpuHandle, VcpuId, Vm};
-use dunlin_x86::cpuid::{Baseline, X86_64_V1, X86_64_V2};
+use dunlin_x86::cpuid::{Baseline, X86_64_V1, X86_64_V2, X86_64_V3};
 use dunlin_x86::saved;
 use dunlin_x86::state::{Activity, CpuState};
 use vm_memory::{Bytes, GuestAddress};
@@ -330,6 +330,43 @@ fn a_state_read_back_is_the_state_written() {
                 "{from:?} to {to:?}: {differences:#?}"
             );
         }
+    }
+}
+
+#[test]
+fn ymm_registers_pass_between_the_engines() {
+    const UPPER: std::ops::Range<usize> = 576..832;
+    if !dunlin_x86::Cpu::missing_features(&X86_64_V3).is_empty() {
+        eprintln!("SKIP: the host's processor lacks AVX2");
+        return;
+    }
+    let memory = Memory::new(1 << 20).unwrap();
+    if let Err(error) = KvmVm::new(&memory, &X86_64_V3, 1) {
+        eprintln!("SKIP: {error}");
+        return;
+    }
+    let mut state: Option<CpuState> = None;
+    for engine in [Engine::Soft, Engine::Kvm, Engine::Soft] {
+        let memory = Memory::new(guest::MEMORY).unwrap();
+        let vm = vm(engine, &memory, &X86_64_V3, 1);
+        let mut vcpu = vm.create_vcpu(VcpuId(0)).unwrap();
+        let moved = state.take().unwrap_or_else(|| {
+            let mut state = guest::boot_state(&vcpu.save().unwrap());
+            state.cr4 |= 1 << 18;
+            state.xcr0 = 7;
+            state.xsave.resize(UPPER.end, 0);
+            state.xsave[512] = 7;
+            for (index, byte) in state.xsave[UPPER].iter_mut().enumerate() {
+                *byte = !(index as u8);
+            }
+            state
+        });
+        vcpu.restore(&moved).unwrap();
+        let read = vcpu.save().unwrap();
+        assert_eq!(read.xsave[UPPER], moved.xsave[UPPER], "{engine:?}");
+        assert_eq!((read.xcr0, read.cr4), (moved.xcr0, moved.cr4), "{engine:?}");
+        assert_eq!(read.xsave[512], 7, "{engine:?}");
+        state = Some(read);
     }
 }
 

@@ -6,6 +6,8 @@
 //! and Retbleed (which a host must be that offers it by KVM: the probe lists what it is not), and
 //! touch only a handful of AMD's configuration registers on it, which read 0 and ignore writes.
 
+use crate::float::{XCR0_LEGACY, XSAVE_AVX, XSAVE_AVX_BYTES, XSAVE_BYTES};
+
 /// Guest physical address bits: covers the address map, and any host has as many.
 pub const PHYSICAL_BITS: u32 = 40;
 /// Linear address bits: four levels of page tables.
@@ -17,6 +19,8 @@ const HYPERVISOR: u32 = 0x4000_0000;
 const HYPERVISOR_TIMING: u32 = 0x4000_0010;
 const EXTENDED: u32 = 0x8000_0000;
 const MAX_BASIC: u32 = 0xb;
+/// The same with XSAVE: the leaf of its state components.
+const MAX_BASIC_XSAVE: u32 = 0xd;
 const MAX_EXTENDED: u32 = 0x8000_0008;
 
 /// Leaf 1 EDX: the local APIC is enabled.
@@ -63,7 +67,7 @@ const fn feature(name: &'static str, leaf: u32, register: Register, bit: u32) ->
     }
 }
 
-use Register::{Ecx, Edx};
+use Register::{Ebx, Ecx, Edx};
 
 /// What every baseline has: the psABI's x86-64, and what the machine's own parts need.
 const V1: &[Feature] = &[
@@ -103,6 +107,20 @@ const V2: &[Feature] = &[
     feature("rdtscp", 0x8000_0001, Edx, 27),
 ];
 
+/// What the psABI's x86-64-v3 adds.
+const V3: &[Feature] = &[
+    feature("fma", 1, Ecx, 12),
+    feature("movbe", 1, Ecx, 22),
+    feature("xsave", 1, Ecx, 26),
+    feature("avx", 1, Ecx, 28),
+    feature("f16c", 1, Ecx, 29),
+    feature("bmi1", 7, Ebx, 3),
+    feature("avx2", 7, Ebx, 5),
+    feature("bmi2", 7, Ebx, 8),
+    // LZCNT.
+    feature("abm", 0x8000_0001, Ecx, 5),
+];
+
 /// Bits of leaf 1 EDX that AMD processors repeat in leaf 0x80000001 EDX.
 const REPEATED_EDX: u32 = 0x0183_f3ff;
 
@@ -128,6 +146,13 @@ pub static X86_64_V2: Baseline = Baseline {
     features: &[V1, V2],
 };
 
+/// The psABI's x86-64-v3: AVX2, FMA, F16C, BMI1, BMI2, LZCNT, MOVBE, and XSAVE for their state.
+pub static X86_64_V3: Baseline = Baseline {
+    name: "x86-64-v3",
+    brand: "Dunlin x86-64-v3 processor",
+    features: &[V1, V2, V3],
+};
+
 /// What a leaf depends on besides the baseline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CpuidContext {
@@ -139,6 +164,8 @@ pub struct CpuidContext {
     pub apic_enabled: bool,
     /// CR4.OSXSAVE is set.
     pub osxsave: bool,
+    /// XCR0, which says how much XSAVE writes.
+    pub xcr0: u64,
     /// Frequency of the guest's TSC.
     pub tsc_khz: u64,
 }
@@ -156,8 +183,8 @@ pub struct Leaf {
 
 impl Baseline {
     /// All baselines, weakest first.
-    pub fn all() -> [&'static Baseline; 2] {
-        [&X86_64_V1, &X86_64_V2]
+    pub fn all() -> [&'static Baseline; 3] {
+        [&X86_64_V1, &X86_64_V2, &X86_64_V3]
     }
 
     /// The one of a VM for which none was named. It never changes: a guest that is saved or moves
@@ -194,6 +221,15 @@ impl Baseline {
             .collect()
     }
 
+    /// The state components that XCR0 may enable: x87 and SSE without XSAVE, AVX too where there is AVX.
+    pub fn xcr0(&self) -> u64 {
+        if self.has("avx") {
+            XCR0_LEGACY | XSAVE_AVX
+        } else {
+            XCR0_LEGACY
+        }
+    }
+
     fn bits(&self, leaf: u32, register: Register) -> u32 {
         self.features()
             .filter(|f| f.leaf == leaf && f.register == register)
@@ -204,10 +240,13 @@ impl Baseline {
     pub fn cpuid(&self, leaf: u32, subleaf: u32, context: CpuidContext) -> [u32; 4] {
         let cpus = context.cpus.max(1);
         match leaf {
+            0 if self.has("xsave") => vendor(MAX_BASIC_XSAVE),
             0 => vendor(MAX_BASIC),
             1 => self.leaf_1(cpus, context),
             4 => cache(subleaf, cpus),
+            7 if subleaf == 0 => [0, self.bits(7, Ebx), self.bits(7, Ecx), self.bits(7, Edx)],
             0xb => topology(subleaf, cpus, context.apic_id),
+            0xd if self.has("xsave") => xsave_components(subleaf, self.xcr0(), context.xcr0),
             HYPERVISOR => [
                 HYPERVISOR_TIMING,
                 word(b"KVMK"),
@@ -277,7 +316,8 @@ impl Baseline {
             .chain([HYPERVISOR, 0x4000_0001, HYPERVISOR_TIMING])
             .chain(EXTENDED..=MAX_EXTENDED)
             .map(|leaf| (leaf, None));
-        let indexed = [(4, 4), (7, 1), (0xb, 3)]
+        let components = if self.has("xsave") { 3 } else { 0 };
+        let indexed = [(4, 4), (7, 1), (0xb, 3), (0xd, components)]
             .into_iter()
             .flat_map(|(leaf, count)| (0..count).map(move |subleaf| (leaf, Some(subleaf))));
         plain
@@ -334,6 +374,23 @@ fn topology(subleaf: u32, cpus: u32, apic_id: u32) -> [u32; 4] {
     }
 }
 
+/// Leaf 0xd: sizes and places of XSAVE's components in the standard format.
+fn xsave_components(subleaf: u32, offered: u64, enabled: u64) -> [u32; 4] {
+    let size = |components: u64| {
+        let avx = if components & XSAVE_AVX != 0 {
+            XSAVE_AVX_BYTES
+        } else {
+            0
+        };
+        (XSAVE_BYTES + avx) as u32
+    };
+    match subleaf {
+        0 => [offered as u32, size(enabled), size(offered), 0],
+        2 if offered & XSAVE_AVX != 0 => [XSAVE_AVX_BYTES as u32, XSAVE_BYTES as u32, 0, 0],
+        _ => [0; 4],
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -344,6 +401,7 @@ mod tests {
             cpus,
             apic_enabled: true,
             osxsave: false,
+            xcr0: 1,
             tsc_khz: 2_600_000,
         }
     }
@@ -361,8 +419,9 @@ mod tests {
     fn baselines_are_found_by_name_and_grow() {
         assert_eq!(Baseline::named("x86-64-v2").unwrap().name(), "x86-64-v2");
         assert!(Baseline::named("host").is_none());
-        let [v1, v2] = Baseline::all();
+        let [v1, v2, v3] = Baseline::all();
         assert!(v1.features().all(|feature| v2.has(feature.name)));
+        assert!(v2.features().all(|feature| v3.has(feature.name)));
         assert!(v2.has("sse4_2") && !v1.has("sse4_2"));
     }
 
@@ -416,6 +475,29 @@ mod tests {
         }
         assert_eq!(X86_64_V2.cpuid(7, 0, context(2)), [0; 4]);
         assert_eq!(X86_64_V2.cpuid(0x1234_5678, 9, context(2)), [0; 4]);
+    }
+
+    #[test]
+    fn a_kernel_finds_avx_and_where_xsave_keeps_it() {
+        let with = |osxsave, xcr0| CpuidContext {
+            osxsave,
+            xcr0,
+            ..context(1)
+        };
+        let v3 = |leaf, subleaf, context| X86_64_V3.cpuid(leaf, subleaf, context);
+        assert_eq!(v3(0, 0, with(false, 1))[0], 0xd);
+        assert_eq!(v3(1, 0, with(false, 1))[2] & OSXSAVE, 0);
+        assert_ne!(v3(1, 0, with(true, 7))[2] & OSXSAVE, 0);
+        assert_eq!(v3(7, 0, with(true, 7)), [0, 0x128, 0, 0]);
+        assert_eq!(v3(7, 1, with(true, 7)), [0; 4]);
+        assert_eq!(v3(0xd, 0, with(true, 1)), [7, 576, 832, 0]);
+        assert_eq!(v3(0xd, 0, with(true, 7)), [7, 832, 832, 0]);
+        assert_eq!(v3(0xd, 1, with(true, 7)), [0; 4]);
+        assert_eq!(v3(0xd, 2, with(true, 7)), [256, 576, 0, 0]);
+        assert_ne!(v3(0x8000_0001, 0, with(true, 7))[2] & 1 << 5, 0);
+        // The older ones stay what they were.
+        assert_eq!(X86_64_V2.cpuid(0, 0, context(1))[0], 0xb);
+        assert_eq!(X86_64_V2.cpuid(0xd, 0, context(1)), [0; 4]);
     }
 
     #[test]

@@ -167,6 +167,9 @@ pub(super) fn from_kvm_xsave(xsave: &kvm_xsave, xcr0: u64) -> Vec<u8> {
         area.truncate(XSAVE_LEGACY);
         area[XSTATE_BV..XSTATE_BV + 8].fill(0);
     }
+    // What the guest cannot use is the host's affair.
+    area[XSTATE_BV] &= xcr0 as u8 | 3;
+    area[XSTATE_BV + 1..XSTATE_BV + 8].fill(0);
     area[XSTATE_BV] |= 3;
     area
 }

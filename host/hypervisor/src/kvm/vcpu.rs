@@ -125,6 +125,7 @@ impl KvmVcpu {
             cpus,
             apic_enabled: true,
             osxsave: false,
+            xcr0: 1,
             tsc_khz: self.shared.clock.tsc_khz(),
         };
         cpuid::check(kvm, baseline)?;

@@ -28,6 +28,8 @@ pub(crate) const CR4_PSE: u64 = 1 << 4;
 pub(crate) const CR4_PAE: u64 = 1 << 5;
 pub(crate) const CR4_PGE: u64 = 1 << 7;
 pub(crate) const CR4_OSFXSR: u64 = 1 << 9;
+/// XSAVE and its kin, and CPUID's word that they may be used.
+pub(crate) const CR4_OSXSAVE: u64 = 1 << 18;
 /// VME, PVI, TSD, DE, PSE, PAE, MCE, PGE, PCE, OSFXSR, OSXMMEXCPT: what the baselines offer, and
 /// what KVM lets a guest set that was not offered it.
 pub(crate) const CR4_ALL: u64 = 0x7ff;

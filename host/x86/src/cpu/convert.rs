@@ -1,7 +1,7 @@
 //! To and from the architectural state.
 
 use super::control::{
-    CR0_ALL, CR0_CD, CR0_ET, CR0_NW, CR0_PE, CR0_PG, CR4_ALL, CR4_PAE, EFER_ALL, EFER_LMA, EFER_LME,
+    CR0_ALL, CR0_CD, CR0_ET, CR0_NW, CR0_PE, CR0_PG, CR4_PAE, EFER_ALL, EFER_LMA, EFER_LME,
 };
 use super::{Cpu, StateError};
 use crate::cpuid::PHYSICAL_BITS;
@@ -10,7 +10,7 @@ use crate::exec::msr::is_pat;
 use crate::exec::op::slot;
 use crate::exec::segment::{access, dpl};
 use crate::exec::system::{DR6_FIXED, DR7_FIXED};
-use crate::float::{FloatState, XCR0_SUPPORTED};
+use crate::float::{FloatState, XCR0_LEGACY, XSAVE_AVX, XSAVE_SSE, XSAVE_X87};
 use crate::kvmclock::ClockReading;
 use crate::mmu::is_canonical;
 use crate::state::{Activity, CpuState, Msrs, PendingEvents, Segment, segment};
@@ -44,8 +44,8 @@ impl Cpu {
             dr: self.dr,
             dr6: self.dr6,
             dr7: self.dr7,
-            xcr0: XCR0_SUPPORTED,
-            xsave: self.float.to_xsave(),
+            xcr0: self.xcr0,
+            xsave: self.float.to_xsave(self.xcr0),
             msrs: Msrs {
                 kvmclock_system_time: self.kvmclock.system_time_msr(),
                 kvmclock_wall_clock: self.kvmclock.wall_clock_msr(),
@@ -75,7 +75,8 @@ impl Cpu {
     /// [`StateError`] for a state that no processor can be in; nothing has changed then.
     pub fn set_state(&mut self, state: &CpuState) -> Result<(), StateError> {
         check(state)?;
-        let float = FloatState::from_xsave(&state.xsave)?;
+        self.check_xsave(state)?;
+        let float = FloatState::from_xsave(&state.xsave, self.config.baseline.xcr0())?;
         let clock = &self.config.clock;
         let before = clock.read();
         let offset = state.msrs.tsc_adjust;
@@ -109,6 +110,11 @@ impl Cpu {
         self.cr2 = state.cr2;
         self.cr3 = state.cr3;
         self.cr4 = state.cr4;
+        self.xcr0 = if self.config.baseline.has("xsave") {
+            state.xcr0
+        } else {
+            XCR0_LEGACY
+        };
         self.dr = state.dr;
         self.dr6 = state.dr6 & 0xe00f | DR6_FIXED;
         self.dr7 = state.dr7 & 0xffff_2bff | DR7_FIXED;
@@ -141,6 +147,24 @@ impl Cpu {
         self.apic_changed();
         Ok(())
     }
+
+    /// What depends on whether the baseline has XSAVE: CR4 and XCR0.
+    fn check_xsave(&self, state: &CpuState) -> Result<(), StateError> {
+        let refuse = |register, value| Err(StateError::Register { register, value });
+        if state.cr4 & !self.cr4_offered() != 0 {
+            return refuse("CR4", state.cr4);
+        }
+        if !is_xcr0(state.xcr0, self.config.baseline.xcr0()) {
+            return refuse("XCR0", state.xcr0);
+        }
+        Ok(())
+    }
+}
+
+/// Can XCR0 have the value where only the components in `offered` exist (SDM vol. 1, 13.3)?
+pub(crate) fn is_xcr0(value: u64, offered: u64) -> bool {
+    let avx_without_sse = value & (XSAVE_AVX | XSAVE_SSE) == XSAVE_AVX;
+    value & !offered == 0 && value & XSAVE_X87 != 0 && !avx_without_sse
 }
 
 fn privilege(state: &CpuState) -> u8 {
@@ -159,9 +183,6 @@ fn check(state: &CpuState) -> Result<(), StateError> {
     if state.cr0 & !CR0_ALL != 0 {
         return refuse("CR0", state.cr0);
     }
-    if state.cr4 & !CR4_ALL != 0 {
-        return refuse("CR4", state.cr4);
-    }
     if state.cr3 >> PHYSICAL_BITS != 0 {
         return refuse("CR3", state.cr3);
     }
@@ -170,9 +191,6 @@ fn check(state: &CpuState) -> Result<(), StateError> {
     }
     if state.msrs.efer & !EFER_ALL != 0 {
         return refuse("EFER", state.msrs.efer);
-    }
-    if state.xcr0 & !XCR0_SUPPORTED != 0 {
-        return refuse("XCR0", state.xcr0);
     }
     if state.rflags & !(flags::ALL | 2) != 0 {
         return refuse("RFLAGS", state.rflags);

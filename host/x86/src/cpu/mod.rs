@@ -25,12 +25,13 @@ use std::sync::atomic::AtomicU8;
 use std::time::Duration;
 
 pub use api::{CpuConfig, StateError, Stop, Translation};
+pub(crate) use convert::is_xcr0;
 
 use crate::decode::{Block, BlockCache, Mode};
 use crate::exec::Exception;
 use crate::exec::flags::Flags;
 use crate::exec::op::{At, Exit};
-use crate::float::FloatState;
+use crate::float::{FloatState, XCR0_LEGACY};
 use crate::kvmclock::KvmClock;
 use crate::lapic::{InterruptRouter, LocalApic, Mailbox};
 use crate::memory::PhysicalMemory;
@@ -107,6 +108,8 @@ pub struct Cpu {
     pub(crate) cr2: u64,
     pub(crate) cr3: u64,
     pub(crate) cr4: u64,
+    /// Which state components the guest has enabled; fixed without XSAVE.
+    pub(crate) xcr0: u64,
     /// The page-directory pointers of PAE paging, as the load of CR3 read them.
     pub(crate) pdpte: [u64; 4],
     pub(crate) dr: [u64; 4],
@@ -209,6 +212,7 @@ impl Cpu {
             cr2: 0,
             cr3: 0,
             cr4: 0,
+            xcr0: XCR0_LEGACY,
             pdpte: [0; 4],
             dr: [0; 4],
             dr6: 0,

@@ -7,7 +7,7 @@ use crate::exec::flags::{Flags, VM};
 use crate::exec::op::slot;
 use crate::exec::segment::access;
 use crate::exec::system::{DR6_FIXED, DR7_FIXED};
-use crate::float::FloatState;
+use crate::float::{FloatState, XCR0_LEGACY, XSAVE_X87};
 use crate::state::{Activity, DescriptorTable, Msrs, Segment, segment};
 
 /// PAT after power-up.
@@ -19,6 +19,11 @@ impl Cpu {
     /// The state after power-up.
     pub(super) fn reset(&mut self) {
         self.float = FloatState::power_up();
+        self.xcr0 = if self.config.baseline.has("xsave") {
+            XSAVE_X87
+        } else {
+            XCR0_LEGACY
+        };
         self.msrs = Msrs {
             pat: PAT_RESET,
             ..Msrs::default()
@@ -41,6 +46,7 @@ impl Cpu {
             cpus: self.config.cpus,
             apic_enabled: true,
             osxsave: false,
+            xcr0: self.xcr0,
             tsc_khz: self.config.clock.tsc_khz(),
         };
         let signature = self.config.baseline.cpuid(SIGNATURE_LEAF, 0, context)[0];

@@ -4,7 +4,7 @@ use iced_x86::{Code, Instruction, Mnemonic as M};
 
 use crate::cpu::Cpu;
 use crate::exec::op::{At, Exit, Handler, Op};
-use crate::exec::{Abort, Result, far, interrupt, msr, segment, stack, string, system};
+use crate::exec::{Abort, Result, far, interrupt, msr, segment, stack, string, system, xsave};
 
 /// What a rare instruction does. `Cpu::rip` is that of the next instruction when it is called,
 /// and may be changed by an instruction that ends its block.
@@ -88,6 +88,10 @@ pub(super) fn body(instruction: &Instruction) -> Option<(Body, Ends)> {
         M::Invd | M::Wbinvd => (system::cache, STRAIGHT),
         M::Clflush => (system::flush_line, STRAIGHT),
         M::Mfence | M::Lfence | M::Sfence => (system::fence, STRAIGHT),
+        M::Xsave | M::Xsave64 => (xsave::save, STRAIGHT),
+        M::Xrstor | M::Xrstor64 => (xsave::restore, STRAIGHT),
+        M::Xgetbv => (xsave::get, STRAIGHT),
+        M::Xsetbv => (xsave::set, ENDS),
         M::Pause => (system::pause, ENDS),
         M::Hlt => (system::halt, ENDS),
         M::Cli => (system::interrupt_flag, STRAIGHT),

@@ -170,6 +170,10 @@ impl Lowering {
         if !tables::is_offered(self.baseline, self.mode, instruction) {
             return self.undefined(instruction);
         }
+        if self.mode == Mode::Bits16 && tables::is_general_vex(instruction) {
+            let check = self.op(instruction, straight(tables::check_vex));
+            self.ops.push(check);
+        }
         if let Some(flow) = self.hot(instruction) {
             return flow;
         }
@@ -283,7 +287,10 @@ impl Lowering {
         let (mut index, mut displacement) = (Register::None, 0);
         let base = match instruction.op_kind(operand) {
             OpKind::Memory => {
-                index = instruction.memory_index();
+                // The index of a gather is a vector, which the instruction adds itself.
+                if !instruction.is_vsib() {
+                    index = instruction.memory_index();
+                }
                 displacement = instruction.memory_displacement64() as i64;
                 instruction.memory_base()
             }
@@ -321,7 +328,11 @@ impl Lowering {
             op.seg = recipe.seg;
             return;
         }
-        recipe.imm = (instruction.memory_size().size() as u64).min(0xffff);
+        recipe.imm = match instruction.mnemonic() {
+            // Legacy region and header; what follows depends on XCR0.
+            Mnemonic::Xsave | Mnemonic::Xrstor => crate::float::XSAVE_BYTES as u64,
+            _ => (instruction.memory_size().size() as u64).min(0xffff),
+        };
         if bytes == 2 {
             recipe.imm |= ADDRESS_16;
         }

@@ -65,9 +65,39 @@ pub(crate) fn is_offered(baseline: &Baseline, mode: Mode, instruction: &Instruct
             F::ADX => baseline.has("adx"),
             F::AES => baseline.has("aes"),
             F::PCLMULQDQ => baseline.has("pclmulqdq"),
+            F::XSAVE => baseline.has("xsave"),
+            F::AVX => baseline.has("avx"),
+            F::AVX2 => baseline.has("avx2"),
+            F::FMA => baseline.has("fma"),
+            F::F16C => baseline.has("f16c"),
             _ => true,
         }
     })
+}
+
+/// Is it an instruction of general registers with a VEX prefix?
+pub(super) fn is_general_vex(instruction: &Instruction) -> bool {
+    matches!(
+        instruction.mnemonic(),
+        M::Andn
+            | M::Bextr
+            | M::Blsi
+            | M::Blsmsk
+            | M::Blsr
+            | M::Bzhi
+            | M::Mulx
+            | M::Pdep
+            | M::Pext
+            | M::Rorx
+            | M::Sarx
+            | M::Shlx
+            | M::Shrx
+    )
+}
+
+/// #UD where there is no VEX prefix.
+pub(super) fn check_vex(cpu: &mut Cpu, _op: &Op) -> Result {
+    cpu.check_vex()
 }
 
 /// Is a memory operand that comes first written (or at least to be checked as if)?
@@ -98,7 +128,11 @@ pub(super) fn writes_first(mnemonic: M) -> bool {
             | M::Fldenv
             | M::Frstor
             | M::Fxrstor
+            | M::Fxrstor64
+            | M::Xrstor
+            | M::Xrstor64
             | M::Ldmxcsr
+            | M::Vldmxcsr
             | M::Nop
             | M::Clflush
             | M::Fadd

@@ -31,6 +31,8 @@
 //!
 //! Exceptions: `return Err(cpu.raise(Exception::...))`, or the short forms `cpu.undefined()`
 //! (#UD), `cpu.general_protection(code)`, `cpu.device_not_available()`.
+//! Before an AVX instruction: `cpu.check_avx()?`; before one of general registers with a VEX prefix:
+//! `cpu.check_vex()?` (real and virtual-8086 mode).
 //! Before an SSE instruction: `cpu.check_sse()?` (CR0.EM, CR0.TS, CR4.OSFXSR); before x87 or MMX:
 //! `cpu.check_x87()?` (CR0.EM, CR0.TS; raises #MF for a pending exception) or
 //! `cpu.check_x87_nowait()?`; before FWAIT: `cpu.check_wait()?`.
@@ -52,10 +54,15 @@ pub(crate) mod string;
 pub(crate) mod system;
 pub(crate) mod task;
 pub(crate) mod value;
+pub(crate) mod xsave;
 
 use crate::cpu::Cpu;
+use crate::float::{XSAVE_AVX, XSAVE_SSE};
 use op::{Op, slot};
 use value::Value;
+
+/// What AVX needs in XCR0.
+const AVX_STATE: u64 = XSAVE_SSE | XSAVE_AVX;
 
 /// The instruction ended before it changed anything; why is in the processor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -241,6 +248,36 @@ impl Cpu {
             return Ok(());
         }
         if self.cr0 & CR0_EM != 0 || self.cr4 & CR4_OSFXSR == 0 {
+            return Err(self.undefined());
+        }
+        Err(self.device_not_available())
+    }
+
+    /// Does a VEX-coded instruction exist in this mode? Real and virtual-8086 mode have none.
+    #[inline]
+    pub(crate) fn check_vex(&mut self) -> Result {
+        if self.cr0 & crate::cpu::control::CR0_PE == 0 || self.system_flags & flags::VM != 0 {
+            return Err(self.undefined());
+        }
+        Ok(())
+    }
+
+    /// Does an AVX instruction run?
+    #[inline]
+    pub(crate) fn avx_runs(&self) -> bool {
+        use crate::cpu::control::{CR0_TS, CR4_OSXSAVE};
+        self.cr0 & CR0_TS == 0 && self.cr4 & CR4_OSXSAVE != 0 && self.xcr0 & AVX_STATE == AVX_STATE
+    }
+
+    /// May an AVX instruction run (SDM vol. 2, 2.4)?
+    #[inline]
+    pub(crate) fn check_avx(&mut self) -> Result {
+        use crate::cpu::control::CR4_OSXSAVE;
+        self.check_vex()?;
+        if self.avx_runs() {
+            return Ok(());
+        }
+        if self.cr4 & CR4_OSXSAVE == 0 || self.xcr0 & AVX_STATE != AVX_STATE {
             return Err(self.undefined());
         }
         Err(self.device_not_available())

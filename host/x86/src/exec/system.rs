@@ -93,7 +93,7 @@ impl Cpu {
 
     /// Writes CR4.
     pub(crate) fn write_cr4(&mut self, value: u64) -> Result {
-        if value & !CR4_ALL != 0 || self.is_long() && value & CR4_PAE == 0 {
+        if value & !self.cr4_offered() != 0 || self.is_long() && value & CR4_PAE == 0 {
             return Err(self.general_protection(0));
         }
         let changed = self.cr4 ^ value;
@@ -109,12 +109,22 @@ impl Cpu {
         Ok(())
     }
 
+    /// The bits of CR4 that the baseline has.
+    pub(crate) fn cr4_offered(&self) -> u64 {
+        if self.config.baseline.has("xsave") {
+            CR4_ALL | CR4_OSXSAVE
+        } else {
+            CR4_ALL
+        }
+    }
+
     fn cpuid_context(&self) -> CpuidContext {
         CpuidContext {
             apic_id: self.config.id,
             cpus: self.config.cpus,
             apic_enabled: self.apic.is_enabled(),
-            osxsave: false,
+            osxsave: self.cr4 & CR4_OSXSAVE != 0,
+            xcr0: self.xcr0,
             tsc_khz: self.config.clock.tsc_khz(),
         }
     }

@@ -12,7 +12,7 @@ use super::lanes::{Lane, from_index};
 const INVALID: u32 = 1 << 0;
 const DENORMAL: u32 = 1 << 1;
 const DIVIDE: u32 = 1 << 2;
-const UNDERFLOW: u32 = 1 << 4;
+pub(super) const UNDERFLOW: u32 = 1 << 4;
 const PRECISION: u32 = 1 << 5;
 /// Exceptions that are found before the result is computed.
 const BEFORE: u32 = INVALID | DENORMAL | DIVIDE;
@@ -28,11 +28,13 @@ pub(super) enum Tiny {
     Single(u8),
     /// The lowest lanes, of double precision.
     Double(u8),
+    /// The lowest lanes, of half precision.
+    Half(u8),
 }
 
 impl Tiny {
     /// Some lane of `result` is denormal.
-    fn in_result(self, result: u128) -> bool {
+    pub(super) fn in_result(self, result: u128) -> bool {
         match self {
             Self::Never => false,
             Self::Single(count) => u32::split(result)[..usize::from(count)]
@@ -41,16 +43,19 @@ impl Tiny {
             Self::Double(count) => u64::split(result)[..usize::from(count)]
                 .iter()
                 .any(|lane| lane & (0x7ff << 52) == 0 && lane << 1 != 0),
+            Self::Half(count) => u16::split(result)[..usize::from(count)]
+                .iter()
+                .any(|lane| lane & 0x7c00 == 0 && lane << 1 != 0),
         }
     }
 }
 
-fn unmasked(mxcsr: u32) -> u32 {
+pub(super) fn unmasked(mxcsr: u32) -> u32 {
     !(mxcsr >> 7) & 0x3f
 }
 
 /// Enters `flags` in MXCSR; `None` when one of them is unmasked.
-fn settle(mxcsr: &mut u32, flags: u32) -> Option<()> {
+pub(super) fn settle(mxcsr: &mut u32, flags: u32) -> Option<()> {
     let unmasked = unmasked(*mxcsr);
     if flags & unmasked & BEFORE != 0 {
         *mxcsr |= flags & BEFORE;
@@ -60,25 +65,38 @@ fn settle(mxcsr: &mut u32, flags: u32) -> Option<()> {
     (flags & unmasked == 0).then_some(())
 }
 
-/// Runs `f` in the modes of `mxcsr`.
-fn attempt<T>(
-    mxcsr: &mut u32,
+/// The modes in which an operation that can raise underflow runs: flushing, and underflow without loss
+/// of precision being none, hold for masked underflow only. The second tells whether tiny results are to
+/// be caught.
+pub(super) fn modes(mxcsr: u32) -> (u32, bool) {
+    let catches_tiny = unmasked(mxcsr) & UNDERFLOW != 0;
+    let modes = if catches_tiny { mxcsr & !FLUSH } else { mxcsr };
+    (modes, catches_tiny)
+}
+
+/// Runs `f` in the modes of `mxcsr`; the result and the flags that it raises.
+fn observe<T>(
+    mxcsr: u32,
     tiny: impl Fn(&T) -> bool,
     f: impl FnOnce(&mut Environment) -> T,
-) -> Option<T> {
-    // Flushing, and underflow without loss of precision being none, hold for masked underflow only.
-    let catches_tiny = unmasked(*mxcsr) & UNDERFLOW != 0;
-    let modes = if catches_tiny {
-        *mxcsr & !FLUSH
-    } else {
-        *mxcsr
-    };
+) -> (T, u32) {
+    let (modes, catches_tiny) = modes(mxcsr);
     let mut environment = Environment::new(modes);
     let result = f(&mut environment);
     let mut flags = environment.flags();
     if catches_tiny && tiny(&result) {
         flags |= UNDERFLOW;
     }
+    (result, flags)
+}
+
+/// Runs `f` in the modes of `mxcsr`.
+fn attempt<T>(
+    mxcsr: &mut u32,
+    tiny: impl Fn(&T) -> bool,
+    f: impl FnOnce(&mut Environment) -> T,
+) -> Option<T> {
+    let (result, flags) = observe(*mxcsr, tiny, f);
     settle(mxcsr, flags).map(|()| result)
 }
 
@@ -151,7 +169,31 @@ struct Dot {
     tiny: Tiny,
 }
 
-fn dot<T: Lane>(steps: &Dot, (a, b): (u128, u128), control: u8, mxcsr: &mut u32) -> Option<u128> {
+impl Dot {
+    /// One step on all halves of a register, whose exceptions come together.
+    fn step<const N: usize>(
+        &self,
+        f: Arithmetic,
+        operands: [(u128, u128); N],
+        mxcsr: &mut u32,
+    ) -> Option<[u128; N]> {
+        let mut raised = 0;
+        let results = operands.map(|(a, b)| {
+            let tiny = |result: &u128| self.tiny.in_result(*result);
+            let (result, flags) = observe(*mxcsr, tiny, |environment| f(a, b, environment));
+            raised |= flags;
+            result
+        });
+        settle(mxcsr, raised).map(|()| results)
+    }
+}
+
+fn dot<T: Lane, const N: usize>(
+    steps: &Dot,
+    halves: [(u128, u128); N],
+    control: u8,
+    mxcsr: &mut u32,
+) -> Option<[u128; N]> {
     let count = T::split(0).as_ref().len();
     let select = |register: u128, mask: u8| {
         let lanes = T::split(register);
@@ -163,24 +205,29 @@ fn dot<T: Lane>(steps: &Dot, (a, b): (u128, u128), control: u8, mxcsr: &mut u32)
             }
         })
     };
-    let factors = (select(a, control >> 4), select(b, control >> 4));
-    let mut sum = compute(steps.multiply, steps.tiny, factors, mxcsr)?;
+    let factors = halves.map(|(a, b)| (select(a, control >> 4), select(b, control >> 4)));
+    let mut sums = steps.step(steps.multiply, factors, mxcsr)?;
     let mut width = count;
     while width > 1 {
-        sum = compute(steps.add_pairs, steps.tiny, (sum, sum), mxcsr)?;
+        let pairs = sums.map(|sum| (sum, sum));
+        sums = steps.step(steps.add_pairs, pairs, mxcsr)?;
         width /= 2;
     }
-    Some(select(sum, control))
+    Some(sums.map(|sum| select(sum, control)))
 }
 
-/// DPPS.
-pub(super) fn dpps(ab: (u128, u128), control: u8, mxcsr: &mut u32) -> Option<u128> {
+/// DPPS, on one half of a register or on both.
+pub(super) fn dpps<const N: usize>(
+    halves: [(u128, u128); N],
+    control: u8,
+    mxcsr: &mut u32,
+) -> Option<[u128; N]> {
     let steps = Dot {
         multiply: host::mulps,
         add_pairs: host::haddps,
         tiny: Tiny::Single(4),
     };
-    dot::<u32>(&steps, ab, control, mxcsr)
+    dot::<u32, N>(&steps, halves, control, mxcsr)
 }
 
 /// DPPD.
@@ -190,5 +237,5 @@ pub(super) fn dppd(ab: (u128, u128), control: u8, mxcsr: &mut u32) -> Option<u12
         add_pairs: host::haddpd,
         tiny: Tiny::Double(2),
     };
-    dot::<u64>(&steps, ab, control, mxcsr)
+    dot::<u64, 1>(&steps, [ab], control, mxcsr).map(|[sum]| sum)
 }

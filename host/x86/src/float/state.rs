@@ -1,4 +1,4 @@
-//! The x87 and SSE registers, and their image in memory (SDM vol. 1, 10.5.1 and 13.4).
+//! The x87, SSE and AVX registers, and their image in memory (SDM vol. 1, 10.5.1 and 13.4).
 
 use thiserror::Error;
 
@@ -17,8 +17,14 @@ pub const XSAVE_X87: u64 = 1 << 0;
 /// The SSE bit of XCR0 and of the XSAVE header.
 pub const XSAVE_SSE: u64 = 1 << 1;
 
-/// All bits of XCR0 that the software CPU offers.
-pub const XCR0_SUPPORTED: u64 = XSAVE_X87 | XSAVE_SSE;
+/// The bit of XCR0 and of the XSAVE header for the upper halves of the YMM registers.
+pub const XSAVE_AVX: u64 = 1 << 2;
+
+/// Bytes of those upper halves in the XSAVE format; in the standard one they follow the header.
+pub const XSAVE_AVX_BYTES: usize = 256;
+
+/// XCR0 of a processor without XSAVE, as far as there is one: x87 and SSE.
+pub const XCR0_LEGACY: u64 = XSAVE_X87 | XSAVE_SSE;
 
 const MXCSR_RESET: u32 = 0x1f80;
 const CONTROL_INIT: u16 = 0x037f;
@@ -52,7 +58,7 @@ pub enum FloatStateError {
     Truncated(usize),
 }
 
-/// The x87, MMX and SSE registers, laid out as FXSAVE64 does.
+/// The x87, MMX and SSE registers, laid out as FXSAVE64 does, and behind them what AVX adds.
 ///
 /// Invariants, kept by the setters: reserved bits of the control word and of MXCSR are as the
 /// processor reads them, the error summary follows the flags and masks, and bits 80..128 of the
@@ -80,9 +86,11 @@ pub struct FloatState {
     /// XMM0 to XMM15.
     pub(crate) xmm: [u128; 16],
     unused: [u8; 96],
+    /// Bits 128 to 255 of YMM0 to YMM15.
+    pub(crate) upper: [u128; 16],
 }
 
-const _: () = assert!(size_of::<FloatState>() == FXSAVE_BYTES);
+const _: () = assert!(std::mem::offset_of!(FloatState, upper) == FXSAVE_BYTES);
 
 impl Default for FloatState {
     /// The state after FNINIT with cleared registers, which is also XSAVE's initial state.
@@ -100,6 +108,7 @@ impl Default for FloatState {
             st: [0; 8],
             xmm: [0; 16],
             unused: [0; 96],
+            upper: [0; 16],
         }
     }
 }
@@ -215,6 +224,12 @@ impl FloatState {
         self.data_pointer = 0;
     }
 
+    /// Puts the x87 part into its initial state, the registers' contents too.
+    pub(crate) fn initialise_x87(&mut self) {
+        self.init_x87();
+        self.st = [0; 8];
+    }
+
     /// Makes `top` the top of the stack; each physical register keeps its contents.
     pub(crate) fn rotate_to(&mut self, top: usize) {
         let by = (top + 8 - self.top()) & 7;
@@ -274,29 +289,47 @@ impl FloatState {
         Ok(state)
     }
 
-    /// The image in the standard XSAVE format with both components marked as present.
+    /// The image in the standard XSAVE format, with all components marked as present: x87, SSE, and
+    /// AVX if it is in `enabled` or in use.
     #[must_use]
-    pub fn to_xsave(&self) -> Vec<u8> {
+    pub fn to_xsave(&self, enabled: u64) -> Vec<u8> {
         let mut image = vec![0; XSAVE_BYTES];
         image[..FXSAVE_BYTES].copy_from_slice(&self.to_fxsave());
-        image[512..520].copy_from_slice(&XCR0_SUPPORTED.to_le_bytes());
+        let mut present = XCR0_LEGACY;
+        if enabled & XSAVE_AVX != 0 || self.upper_in_use() {
+            present |= XSAVE_AVX;
+            image.extend(self.upper.iter().flat_map(|half| half.to_le_bytes()));
+        }
+        image[512..520].copy_from_slice(&present.to_le_bytes());
         image
     }
 
-    /// Takes an image in the standard XSAVE format; a component that its header marks as absent
-    /// gets its initial state. Bytes behind the header belong to components that the header must
-    /// not name, and are ignored.
+    /// Is an upper half of a YMM register not zero?
+    pub(crate) fn upper_in_use(&self) -> bool {
+        self.upper.iter().any(|half| *half != 0)
+    }
+
+    /// Loads the upper halves of the first YMM registers from their component.
+    pub(crate) fn load_upper(&mut self, component: &[u8]) {
+        for (half, bytes) in self.upper.iter_mut().zip(component.chunks_exact(16)) {
+            *half = le128(bytes, 0);
+        }
+    }
+
+    /// Takes an image in the standard XSAVE format with components of those `offered`; one that its
+    /// header marks as absent gets its initial state. Bytes that belong to components that the header
+    /// does not name are ignored.
     ///
     /// # Errors
     /// The image is short, or the processor would refuse it with #GP.
-    pub fn from_xsave(image: &[u8]) -> Result<Self, FloatStateError> {
+    pub fn from_xsave(image: &[u8], offered: u64) -> Result<Self, FloatStateError> {
         let (Some(legacy), Some(header)) =
             (image.first_chunk::<FXSAVE_BYTES>(), image.get(512..576))
         else {
             return Err(FloatStateError::Truncated(image.len()));
         };
         let (xstate_bv, xcomp_bv) = (le64(header, 0), le64(header, 8));
-        if xstate_bv & !XCR0_SUPPORTED != 0 || xcomp_bv != 0 {
+        if xstate_bv & !offered != 0 || xcomp_bv != 0 {
             return Err(FloatStateError::Header {
                 xstate_bv,
                 xcomp_bv,
@@ -312,6 +345,10 @@ impl FloatState {
         }
         if xstate_bv & XSAVE_SSE != 0 {
             state.load_xmm(legacy, 16);
+        }
+        if xstate_bv & XSAVE_AVX != 0 {
+            let component = image.get(XSAVE_BYTES..XSAVE_BYTES + XSAVE_AVX_BYTES);
+            state.load_upper(component.ok_or(FloatStateError::Truncated(image.len()))?);
         }
         Ok(state)
     }
@@ -352,18 +389,27 @@ mod tests {
         for (index, register) in state.xmm.iter_mut().enumerate() {
             *register = u128::MAX - index as u128;
         }
+        for (index, half) in state.upper.iter_mut().enumerate() {
+            *half = u128::MAX / 3 + index as u128;
+        }
         state
     }
 
     #[test]
     fn images_round_trip() {
-        let state = busy_state();
+        const ALL: u64 = XCR0_LEGACY | XSAVE_AVX;
+        let mut state = busy_state();
+        let image = state.to_xsave(XCR0_LEGACY);
+        assert_eq!(image.len(), XSAVE_BYTES + XSAVE_AVX_BYTES);
+        assert_eq!(FloatState::from_xsave(&image, ALL).as_ref(), Ok(&state));
+        state.upper = [0; 16];
+        let image = state.to_xsave(XCR0_LEGACY);
+        assert_eq!(image.len(), XSAVE_BYTES);
+        for offered in [XCR0_LEGACY, ALL] {
+            assert_eq!(FloatState::from_xsave(&image, offered).as_ref(), Ok(&state));
+        }
         assert_eq!(
             FloatState::from_fxsave(&state.to_fxsave()).as_ref(),
-            Ok(&state)
-        );
-        assert_eq!(
-            FloatState::from_xsave(&state.to_xsave()).as_ref(),
             Ok(&state)
         );
     }
@@ -371,9 +417,9 @@ mod tests {
     #[test]
     fn an_absent_component_gets_its_initial_state() {
         let state = busy_state();
-        let mut image = state.to_xsave();
+        let mut image = state.to_xsave(XCR0_LEGACY | XSAVE_AVX);
         image[512] = 0;
-        let loaded = FloatState::from_xsave(&image).unwrap();
+        let loaded = FloatState::from_xsave(&image, XCR0_LEGACY).unwrap();
         let expected = FloatState {
             mxcsr: state.mxcsr,
             ..FloatState::default()
@@ -383,14 +429,21 @@ mod tests {
 
     #[test]
     fn hostile_images_are_refused() {
-        let good = busy_state().to_xsave();
+        let mut state = busy_state();
+        let all = XCR0_LEGACY | XSAVE_AVX;
+        let with_avx = state.to_xsave(all);
+        assert!(FloatState::from_xsave(&with_avx, XCR0_LEGACY).is_err());
+        assert!(FloatState::from_xsave(&with_avx[..831], all).is_err());
+        state.upper = [0; 16];
+        let good = state.to_xsave(XCR0_LEGACY);
         for (at, value) in [(26, 1), (512, 4), (527, 0x80), (540, 1)] {
             let mut image = good.clone();
             image[at] = value;
-            assert!(FloatState::from_xsave(&image).is_err(), "byte {at}");
+            let loaded = FloatState::from_xsave(&image, XCR0_LEGACY);
+            assert!(loaded.is_err(), "byte {at}");
         }
         assert_eq!(
-            FloatState::from_xsave(&good[..575]),
+            FloatState::from_xsave(&good[..575], XCR0_LEGACY),
             Err(FloatStateError::Truncated(575))
         );
     }

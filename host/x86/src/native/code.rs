@@ -8,7 +8,7 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 /// A memory file that is mapped twice.
 #[derive(Debug)]
-pub(super) struct CodeMemory {
+pub(crate) struct CodeMemory {
     writable: NonNull<u8>,
     executable: NonNull<u8>,
     size: usize,
@@ -21,7 +21,7 @@ unsafe impl Send for CodeMemory {}
 
 #[expect(unsafe_code, reason = "memory that is executed is mapped by hand")]
 impl CodeMemory {
-    pub(super) fn new(size: usize) -> io::Result<Self> {
+    pub(crate) fn new(size: usize) -> io::Result<Self> {
         let file = memfd_create("dunlin-code", MemfdFlags::CLOEXEC)?;
         ftruncate(&file, size as u64)?;
         let map = |protection| -> io::Result<NonNull<u8>> {
@@ -66,12 +66,12 @@ impl CodeMemory {
     }
 
     /// The place that runs `offset`.
-    pub(super) fn address(&self, offset: usize) -> *const u8 {
+    pub(crate) fn address(&self, offset: usize) -> *const u8 {
         self.executable.as_ptr().wrapping_add(offset)
     }
 
     /// Appends code; says where it begins. `None` when there is no room for it.
-    pub(super) fn append(&mut self, code: &[u8]) -> Option<usize> {
+    pub(crate) fn append(&mut self, code: &[u8]) -> Option<usize> {
         let start = self.used.next_multiple_of(16);
         let end = start
             .checked_add(code.len())

@@ -238,6 +238,34 @@ impl Assembler {
         self.vector(0x29, from, to);
     }
 
+    /// VINSERTF128: the upper half of a vector register from memory at a base of R8 to R15.
+    pub(super) fn load_upper(&mut self, to: u8, from: Mem) {
+        self.upper(0x18, to, (!to & 15) << 3, from);
+    }
+
+    /// VEXTRACTF128: the upper half of a vector register to such memory.
+    pub(super) fn store_upper(&mut self, to: Mem, from: u8) {
+        self.upper(0x19, from, 15 << 3, to);
+    }
+
+    fn upper(&mut self, opcode: u8, reg: u8, vvvv: u8, mem: Mem) {
+        debug_assert!(reg < 8 && mem.base.0 >= 8 && mem.index.is_none());
+        // VEX.256.66.0F3A.W0 /r 1
+        self.raw(&[0xc4, 0xc3, vvvv | 5, opcode]);
+        self.operand(reg, mem);
+        self.raw(&[1]);
+    }
+
+    /// XORPS of a vector register with itself.
+    pub(super) fn zero_vector(&mut self, reg: u8) {
+        self.raw(&[0x0f, 0x57, 0xc0 | reg << 3 | reg]);
+    }
+
+    /// VZEROUPPER.
+    pub(super) fn zero_uppers(&mut self) {
+        self.raw(&[0xc5, 0xf8, 0x77]);
+    }
+
     fn vector(&mut self, opcode: u8, reg: u8, mem: Mem) {
         let rex = 0x40 | (reg >> 3) << 2 | mem.base.0 >> 3;
         if rex != 0x40 {
@@ -389,6 +417,16 @@ mod tests {
                 text(|a| a.store_vector(at(R15, 0x100), 0)),
                 "movaps [r15+100h],xmm0",
             ),
+            (
+                text(|a| a.load_upper(2, at(R15, 0x100))),
+                "vinsertf128 ymm2,ymm2,[r15+100h],1h",
+            ),
+            (
+                text(|a| a.store_upper(at(R15, 0x100), 3)),
+                "vextractf128 [r15+100h],ymm3,1h",
+            ),
+            (text(|a| a.zero_vector(7)), "xorps xmm7,xmm7"),
+            (text(|a| a.zero_uppers()), "vzeroupper"),
             (text(|a| a.lea_scaled(R10, R13, 2, 5)), "lea r10,[r13*4+5h]"),
             (text(|a| a.set(R10, -1)), "mov r10,0FFFFFFFFFFFFFFFFh"),
             (

@@ -22,6 +22,7 @@
 //! Calls and returns are the host's own as well; on the host's stack lie the calls that are open, until
 //! something leaves.
 
+mod avx;
 mod branches;
 mod code;
 mod emit;
@@ -46,7 +47,7 @@ use crate::cpu::{Cpu, Translation};
 use crate::decode::Block;
 use crate::exec::flags::{ARITHMETIC, Flags, OF};
 use crate::exec::op::Op;
-use code::CodeMemory;
+pub(crate) use code::CodeMemory;
 use emit::Assembler;
 pub(crate) use step::ALONE;
 pub(crate) use translate::is_known;
@@ -79,6 +80,10 @@ pub(crate) struct Context {
     arithmetic_done: u8,
     /// Where translated code left.
     exit: u32,
+    /// Not zero: an AVX instruction raises an exception here.
+    avx_blocked: u64,
+    /// The low five bits.
+    low_bits_wide: u64,
     /// The low four bits, and the signs of 32 and of 64 bits.
     low_bits: u64,
     sign_bits: [u64; 2],
@@ -111,6 +116,8 @@ impl Context {
             page: 0,
             tlb_bits: crate::mmu::TLB_BITS,
             jump_bits: ((JUMPS - 1) * size_of::<KnownJump>()) as u64,
+            avx_blocked: 0,
+            low_bits_wide: 31,
             low_bits: 15,
             sign_bits: [1 << 31, 1 << 63],
             direction_bit: crate::exec::flags::DF,

@@ -65,6 +65,20 @@ pub(super) fn is_plain(mnemonic: M) -> bool {
             | M::Popcnt
             | M::Tzcnt
             | M::Lzcnt
+            | M::Movbe
+            | M::Andn
+            | M::Bextr
+            | M::Blsi
+            | M::Blsmsk
+            | M::Blsr
+            | M::Bzhi
+            | M::Mulx
+            | M::Pdep
+            | M::Pext
+            | M::Rorx
+            | M::Sarx
+            | M::Shlx
+            | M::Shrx
             | M::Cmovo
             | M::Cmovno
             | M::Cmovb
@@ -100,6 +114,15 @@ pub(super) fn is_plain(mnemonic: M) -> bool {
     )
 }
 
+/// Does the host have it? BMI2, it has in any case.
+fn host_has(mnemonic: M) -> bool {
+    match mnemonic {
+        M::Movbe => is_x86_feature_detected!("movbe"),
+        M::Andn | M::Bextr | M::Blsi | M::Blsmsk | M::Blsr => is_x86_feature_detected!("bmi1"),
+        _ => true,
+    }
+}
+
 fn is_high(register: Register) -> bool {
     matches!(
         register,
@@ -113,6 +136,9 @@ impl Work<'_> {
         let mut i = *original;
         if i.code() == Code::Movsxd_r16_rm16 {
             // Some processors read 32 bits of memory, others 16.
+            return Err(Unable);
+        }
+        if !host_has(i.mnemonic()) {
             return Err(Unable);
         }
         // Hints for a lock's elision, which would begin on a host that has it.
@@ -172,6 +198,8 @@ impl Work<'_> {
             Code::Tzcnt_r64_rm64 if !self.baseline.has("bmi1") => i.set_code(Code::Bsf_r64_rm64),
             Code::Lzcnt_r32_rm32 if !self.baseline.has("abm") => i.set_code(Code::Bsr_r32_rm32),
             Code::Lzcnt_r64_rm64 if !self.baseline.has("abm") => i.set_code(Code::Bsr_r64_rm64),
+            Code::Tzcnt_r32_rm32 | Code::Tzcnt_r64_rm64 if is_x86_feature_detected!("bmi1") => {}
+            Code::Lzcnt_r32_rm32 | Code::Lzcnt_r64_rm64 if is_x86_feature_detected!("lzcnt") => {}
             _ if matches!(i.mnemonic(), M::Tzcnt | M::Lzcnt) => return Err(Unable),
             _ => {}
         }

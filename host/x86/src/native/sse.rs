@@ -266,7 +266,7 @@ pub(super) fn is_known(i: &Instruction) -> bool {
     kind(i.mnemonic()).is_some() && is_vector(i)
 }
 
-fn vector_mem(guest: u8) -> Mem {
+pub(super) fn vector_mem(guest: u8) -> Mem {
     let registers = offset_of!(Cpu, float) + offset_of!(FloatState, xmm);
     at(
         R15,

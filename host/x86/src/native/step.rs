@@ -42,6 +42,7 @@ impl Cpu {
         loop {
             self.native.set_flags(self.flags);
             self.native.sse_blocked = u64::from(!self.sse_runs());
+            self.native.avx_blocked = u64::from(!self.avx_runs());
             self.native.arithmetic_blocked = u64::from(!self.float.is_plain());
             FloatState::clear_host_flags();
             // SAFETY: the code was made for this processor, which has nothing else to do meanwhile.

@@ -249,6 +249,7 @@ impl Work<'_> {
             _ if super::system::is_known(i) || super::system::is_done_once(i) => {
                 self.rare(i, instruction)
             }
+            _ if super::avx::is_known(i) => self.avx(i, instruction),
             _ => self.vector(i, instruction),
         }
     }
@@ -401,6 +402,7 @@ pub(crate) fn is_known(i: &Instruction) -> bool {
         || i.is_jcc_short_or_near()
         || is_plain(i.mnemonic())
         || super::sse::is_known(i)
+        || super::avx::is_known(i)
         || super::system::is_known(i)
 }
 

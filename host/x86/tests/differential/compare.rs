@@ -30,6 +30,9 @@ const ARITHMETIC: u64 = CF | PF | AF | ZF | SF | OF;
 /// | DIV, IDIV | all six |
 /// | BSF, BSR | all but ZF |
 /// | BT, BTS, BTR, BTC | OF, SF, AF, PF |
+/// | ANDN, BLSI, BLSR, BLSMSK, BZHI | AF, PF |
+/// | BEXTR | SF, AF, PF |
+/// | LZCNT, TZCNT | OF, SF, AF, PF |
 fn undefined_flags(instruction: &Instruction, input: &Machine) -> u64 {
     use Mnemonic::*;
     let size = operand_size(instruction);
@@ -44,7 +47,9 @@ fn undefined_flags(instruction: &Instruction, input: &Machine) -> u64 {
         Mul | Imul => SF | ZF | AF | PF,
         Div | Idiv => ARITHMETIC,
         Bsf | Bsr => ARITHMETIC & !ZF,
-        Bt | Bts | Btr | Btc => OF | SF | AF | PF,
+        Bt | Bts | Btr | Btc | Lzcnt | Tzcnt => OF | SF | AF | PF,
+        Andn | Blsi | Blsr | Blsmsk | Bzhi => AF | PF,
+        Bextr => SF | AF | PF,
         _ => 0,
     }
 }
@@ -118,6 +123,19 @@ pub(crate) fn difference(
         hide_precision(&mut native_float, &mut software_float);
     }
     float_difference(&native_float, &software_float)
+        .or_else(|| upper_difference(&native.upper, &software.upper))
+}
+
+fn upper_difference(native: &[u8; 256], software: &[u8; 256]) -> Option<String> {
+    let halves = native.chunks(16).zip(software.chunks(16));
+    let (index, (native, software)) = halves
+        .enumerate()
+        .find(|(_, (native, software))| native != software)?;
+    Some(format!(
+        "upper half of YMM{index}: native {}, software {}",
+        number(native),
+        number(software)
+    ))
 }
 
 /// PE beside an unmasked overflow or underflow: the one known deviation, which

@@ -42,6 +42,15 @@ fn offered(feature: CpuidFeature) -> Option<(&'static str, bool)> {
         SYSCALL => ("syscall", true),
         RDTSCP => ("rdtscp", true),
         CPUID => ("", true),
+        MOVBE => ("movbe", is_x86_feature_detected!("movbe")),
+        BMI1 => ("bmi1", is_x86_feature_detected!("bmi1")),
+        BMI2 => ("bmi2", is_x86_feature_detected!("bmi2")),
+        LZCNT => ("abm", is_x86_feature_detected!("lzcnt")),
+        XSAVE => ("xsave", is_x86_feature_detected!("xsave")),
+        AVX => ("avx", is_x86_feature_detected!("avx")),
+        AVX2 => ("avx2", is_x86_feature_detected!("avx2")),
+        FMA => ("fma", is_x86_feature_detected!("fma")),
+        F16C => ("f16c", is_x86_feature_detected!("f16c")),
         _ => return None,
     })
 }
@@ -77,7 +86,8 @@ pub(crate) fn unknown_features() -> Vec<&'static str> {
 /// Says what becomes of `code`.
 pub(crate) fn verdict(code: Code) -> Verdict {
     let info = code.op_code();
-    if code.encoding() != EncodingKind::Legacy || !info.mode64() || !info.is_instruction() {
+    let encoded = matches!(code.encoding(), EncodingKind::Legacy | EncodingKind::VEX);
+    if !encoded || !info.mode64() || !info.is_instruction() {
         return Verdict::Outside;
     }
     let [.., newest] = dunlin_x86::cpuid::Baseline::all();
@@ -153,6 +163,9 @@ fn exclusion(code: Code) -> Option<&'static str> {
             "reads what differs between host and guest, or faults by UMIP"
         }
         Into => "not in 64-bit mode",
+        Xsave | Xsave64 | Xrstor | Xrstor64 | Xgetbv => {
+            "depends on which components the system has enabled; tested by itself"
+        }
         Xtest | Xbegin | Xend | Xabort => "transactions are not offered",
         _ if code.is_privileged() => "privileged: faults in user mode whatever the operands",
         _ => return None,

@@ -74,7 +74,20 @@ impl<'a> Generator<'a> {
         let float = code.cpuid_features().iter().any(|feature| {
             matches!(
                 feature,
-                FPU | FPU287 | FPU387 | MMX | SSE | SSE2 | SSE3 | SSSE3 | SSE4_1 | SSE4_2 | FXSR
+                FPU | FPU287
+                    | FPU387
+                    | MMX
+                    | SSE
+                    | SSE2
+                    | SSE3
+                    | SSSE3
+                    | SSE4_1
+                    | SSE4_2
+                    | FXSR
+                    | AVX
+                    | AVX2
+                    | FMA
+                    | F16C
             )
         });
         Self {
@@ -137,6 +150,11 @@ impl<'a> Generator<'a> {
         // The six arithmetic flags and DF; interrupts are enabled in user mode.
         input.rflags = self.random.next() & 0xcd5 | 0x202;
         input.float = random_float(self.random, self.float);
+        if self.float && is_x86_feature_detected!("avx") {
+            for half in input.upper.chunks_exact_mut(16) {
+                half.copy_from_slice(&self.random.vector().to_le_bytes());
+            }
+        }
     }
 
     fn pick_gpr(&mut self, first: Register) -> Register {
@@ -149,16 +167,28 @@ impl<'a> Generator<'a> {
         let kind = self.code.op_code().op_kind(operand);
         let memory = self.random.chance(50);
         let register = match kind {
-            mem | sibmem => None,
-            r8_or_mem | r16_or_mem | r32_or_mem | r64_or_mem | mm_or_mem | xmm_or_mem if memory => {
+            mem | sibmem | mem_vsib32x | mem_vsib64x | mem_vsib32y | mem_vsib64y => None,
+            r8_or_mem | r16_or_mem | r32_or_mem | r64_or_mem | mm_or_mem | xmm_or_mem
+            | ymm_or_mem
+                if memory =>
+            {
                 None
             }
             r8_or_mem | r8_reg | r8_opcode => Some(self.random.pick(&BYTE_REGISTERS)),
             r16_or_mem | r16_reg | r16_rm | r16_opcode => Some(self.pick_gpr(Register::AX)),
-            r32_or_mem | r32_reg | r32_rm | r32_opcode => Some(self.pick_gpr(Register::EAX)),
-            r64_or_mem | r64_reg | r64_rm | r64_opcode => Some(self.pick_gpr(Register::RAX)),
+            r32_or_mem | r32_reg | r32_rm | r32_opcode | r32_vvvv => {
+                Some(self.pick_gpr(Register::EAX))
+            }
+            r64_or_mem | r64_reg | r64_rm | r64_opcode | r64_vvvv => {
+                Some(self.pick_gpr(Register::RAX))
+            }
             mm_or_mem | mm_reg | mm_rm => Some(Register::MM0 + self.random.below(8) as u32),
-            xmm_or_mem | xmm_reg | xmm_rm => Some(self.pick_gpr(Register::XMM0)),
+            xmm_or_mem | xmm_reg | xmm_rm | xmm_vvvv | xmm_is4 => {
+                Some(self.pick_gpr(Register::XMM0))
+            }
+            ymm_or_mem | ymm_reg | ymm_rm | ymm_vvvv | ymm_is4 => {
+                Some(self.pick_gpr(Register::YMM0))
+            }
             seg_reg => Some(Register::ES + self.random.below(6) as u32),
             al => Some(Register::AL),
             cl => Some(Register::CL),
@@ -272,7 +302,7 @@ impl<'a> Generator<'a> {
                 }
             }
             Xlatb => gpr[RBX] = DATA + random.below((DATA_BYTES - 256) as u64),
-            Maskmovq | Maskmovdqu => gpr[RDI] = operand_address(random, 16),
+            Maskmovq | Maskmovdqu | Vmaskmovdqu => gpr[RDI] = operand_address(random, 16),
             Enter => {
                 let level = random.pick(&[0, 0, 1, 2, 3, 31, 33]);
                 draft.instruction.set_immediate8_2nd(level);
@@ -370,6 +400,10 @@ impl<'a> Generator<'a> {
             instruction.set_memory_displacement64(address);
             return;
         }
+        if draft.instruction.is_vsib() {
+            self.gathered(draft);
+            return;
+        }
         self.bit_offset(draft);
         let address = self.address_form(draft, size);
         let content = if indirect {
@@ -381,6 +415,63 @@ impl<'a> Generator<'a> {
             address,
             bytes: content,
         });
+    }
+
+    /// A gather: a base register, and lanes of a vector that lead from there to the scratch memory, rarely
+    /// beyond it.
+    fn gathered(&mut self, draft: &mut Draft) {
+        use OpCodeOperandKind::*;
+        let random = &mut *self.random;
+        let kind = self.code.op_code().op_kind(1);
+        let wide = matches!(kind, mem_vsib32y | mem_vsib64y);
+        let bytes: usize = match kind {
+            mem_vsib32x | mem_vsib32y => 4,
+            _ => 8,
+        };
+        let scale = random.pick(&[1_u32, 2, 4, 8]);
+        let index = random.below(16) as usize;
+        let faults = random.chance(30);
+        let mut lanes = Vec::new();
+        while lanes.len() < if wide { 32 } else { 16 } {
+            let reach = if faults && random.chance(20) {
+                0x3000
+            } else {
+                0xff8
+            };
+            let distance = random.below(2 * reach) as i64 - reach as i64;
+            let lane = distance / i64::from(scale);
+            lanes.extend_from_slice(&lane.to_le_bytes()[..bytes]);
+        }
+        let input = &mut draft.input;
+        input.float[160 + index * 16..][..16].copy_from_slice(&lanes[..16]);
+        if wide {
+            input.upper[index * 16..][..16].copy_from_slice(&lanes[16..]);
+        }
+        let mask = draft.instruction.op2_register().number();
+        if random.chance(70) && mask != index {
+            for byte in &mut input.float[160 + mask * 16..][..16] {
+                *byte |= if random.chance(80) { 0x80 } else { 0 };
+            }
+        }
+        let base = random.below(16) as usize;
+        let short = random.chance(10) && base != RSP;
+        let displacement = random_displacement(random);
+        input.gpr[base] = (DATA + 0x1000).wrapping_sub(displacement.1);
+        if short {
+            input.gpr[base] = input.gpr[base] & 0xffff_ffff | random.next() << 32;
+        }
+        let instruction = &mut draft.instruction;
+        let bases = if short { Register::EAX } else { Register::RAX };
+        instruction.set_memory_base(bases + base as u32);
+        let indices = if wide { Register::YMM0 } else { Register::XMM0 };
+        instruction.set_memory_index(indices + index as u32);
+        instruction.set_memory_index_scale(scale);
+        let (size, value) = match short {
+            true => (displacement.0.min(4), displacement.1 & 0xffff_ffff),
+            false => displacement,
+        };
+        instruction.set_memory_displ_size(size);
+        instruction.set_memory_displacement64(value);
     }
 
     /// BT and its family with a register reach beyond the operand.
@@ -464,7 +555,7 @@ impl<'a> Generator<'a> {
                 let low = address.wrapping_sub(displacement.1) as u32;
                 gpr[base] = u64::from(low) | random.next() << 32;
                 instruction.set_memory_base(Register::EAX + base as u32);
-                instruction.set_memory_displ_size(displacement.0);
+                instruction.set_memory_displ_size(displacement.0.min(4));
                 instruction.set_memory_displacement64(displacement.1 & 0xffff_ffff);
             }
             // [base + displacement], sometimes not canonical
@@ -497,12 +588,13 @@ fn undefined_shift(draft: &Draft) -> bool {
         && count & 31 > 16
 }
 
-/// Bytes of a displacement and its value.
+/// Bytes of a displacement, as the encoder has it for 64-bit addresses (8 means 4 that are extended), and
+/// its value.
 fn random_displacement(random: &mut Random) -> (u32, u64) {
     match random.below(3) {
         0 => (0, 0),
         1 => (1, random.next() as i8 as u64),
-        _ => (4, random.integer() as i32 as u64),
+        _ => (8, random.integer() as i32 as u64),
     }
 }
 
@@ -576,18 +668,22 @@ fn content(random: &mut Random, size: MemorySize, code: Code) -> Vec<u8> {
                 })
                 .collect()
         }
-        _ if code.mnemonic() == Mnemonic::Ldmxcsr && random.chance(90) => {
+        _ if is_load_of_mxcsr(code) && random.chance(90) => {
             u32::from(random.next() as u16).to_le_bytes().to_vec()
         }
-        _ if code.mnemonic() == Mnemonic::Ldmxcsr => {
-            (random.next() as u32 & !(1 << 17)).to_le_bytes().to_vec()
-        }
-        _ if size.size() == 16 => random.vector().to_le_bytes().to_vec(),
+        _ if is_load_of_mxcsr(code) => (random.next() as u32 & !(1 << 17)).to_le_bytes().to_vec(),
+        _ if size.size() >= 16 => (0..size.size() / 16)
+            .flat_map(|_| random.vector().to_le_bytes())
+            .collect(),
         _ => {
             let bytes = random.integer().to_le_bytes();
             bytes[..size.size().min(8)].to_vec()
         }
     }
+}
+
+fn is_load_of_mxcsr(code: Code) -> bool {
+    matches!(code.mnemonic(), Mnemonic::Ldmxcsr | Mnemonic::Vldmxcsr)
 }
 
 /// An x87 and SSE state in FXSAVE64's layout; only its fixed parts if `used` is false.

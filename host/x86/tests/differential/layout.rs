@@ -11,6 +11,8 @@ pub(crate) struct Machine {
     pub(crate) gpr: [u64; 16],
     pub(crate) rflags: u64,
     pub(crate) rip: u64,
+    /// Bits 128 to 255 of YMM0 to YMM15.
+    pub(crate) upper: [u8; 256],
 }
 
 impl Machine {
@@ -19,6 +21,7 @@ impl Machine {
         gpr: [0; 16],
         rflags: 2,
         rip: 0,
+        upper: [0; 256],
     };
 }
 

@@ -239,7 +239,7 @@ fn report(case: &Case, difference: &str) -> String {
     let operands =
         (0..case.instruction.op_count()).map(|operand| case.instruction.op_register(operand));
     for register in operands {
-        let at = if register.is_xmm() {
+        let at = if register.is_xmm() || register.is_ymm() {
             160 + register.number() * 16
         } else if register.is_st() || register.is_mm() {
             32 + register.number() * 16

@@ -27,6 +27,8 @@ struct Control {
     target: u64,
     mxcsr: u32,
     running: u32,
+    /// The processor has YMM registers.
+    avx: u32,
     /// Vector, error code and address of a signal; the vector is `u64::MAX` without one.
     vector: u64,
     code: u64,
@@ -38,8 +40,10 @@ const OUTPUT: u64 = CONTROL + size_of::<Machine>() as u64;
 const FIELDS: u64 = OUTPUT + size_of::<Machine>() as u64;
 const GPR: u64 = 512;
 const RFLAGS: u64 = GPR + 16 * 8;
+const UPPER: u64 = std::mem::offset_of!(Machine, upper) as u64;
 
 const _: () = assert!(std::mem::offset_of!(Control, host_stack) as u64 == FIELDS - CONTROL);
+const _: () = assert!(std::mem::offset_of!(Control, avx) as u64 == FIELDS + 40 - CONTROL);
 const _: () = assert!(std::mem::offset_of!(Control, mxcsr) as u64 == FIELDS + 32 - CONTROL);
 
 /// The fixed mappings, of which a process has one set.
@@ -125,10 +129,29 @@ extern "C" fn on_signal(_: i32, info: *mut libc::siginfo_t, context: *mut libc::
         (*output).rip = register(libc::REG_RIP);
         let float = (*context).uc_mcontext.fpregs.cast::<[u8; 512]>();
         (*output).float = *float;
+        (*output).upper = upper_halves(float.cast());
         registers[libc::REG_RIP as usize] = (*control).abandon as i64;
         registers[libc::REG_RSP as usize] = (*control).host_stack as i64;
         registers[libc::REG_EFL as usize] = 0x202;
     }
+}
+
+/// The upper halves of the YMM registers in a signal frame.
+///
+/// # Safety
+/// `frame` is the floating-point state of one, which says itself how far it reaches.
+unsafe fn upper_halves(frame: *const u8) -> [u8; 256] {
+    const MAGIC: u32 = 0x4650_5853;
+    const AVX: u64 = 1 << 2;
+    // SAFETY: the legacy region is always there; the mark in it says that the header and all enabled
+    // components, of which AVX is the first in the standard format, follow.
+    unsafe {
+        let extended = frame.add(464).cast::<u32>().read_unaligned() == MAGIC;
+        if extended && frame.add(512).cast::<u64>().read_unaligned() & AVX != 0 {
+            return frame.add(576).cast::<[u8; 256]>().read_unaligned();
+        }
+    }
+    [0; 256]
 }
 
 impl Native {
@@ -220,6 +243,7 @@ impl Native {
             (*control).vector = u64::MAX;
             (*control).target = input.rip;
             (*control).mxcsr = 0x1f80;
+            (*control).avx = is_x86_feature_detected!("avx").into();
             (*control).running = 1;
             enter();
             (*control).running = 0;
@@ -253,6 +277,25 @@ unsafe fn enter() {
             "lea rax, [rip + 3f]",
             "mov qword ptr [{fields} + 16], rax",
             "fxrstor64 [{input}]",
+            "cmp dword ptr [{fields} + 40], 0",
+            "je 4f",
+            "vinsertf128 ymm0, ymm0, [{input} + {upper} + 0], 1",
+            "vinsertf128 ymm1, ymm1, [{input} + {upper} + 16], 1",
+            "vinsertf128 ymm2, ymm2, [{input} + {upper} + 32], 1",
+            "vinsertf128 ymm3, ymm3, [{input} + {upper} + 48], 1",
+            "vinsertf128 ymm4, ymm4, [{input} + {upper} + 64], 1",
+            "vinsertf128 ymm5, ymm5, [{input} + {upper} + 80], 1",
+            "vinsertf128 ymm6, ymm6, [{input} + {upper} + 96], 1",
+            "vinsertf128 ymm7, ymm7, [{input} + {upper} + 112], 1",
+            "vinsertf128 ymm8, ymm8, [{input} + {upper} + 128], 1",
+            "vinsertf128 ymm9, ymm9, [{input} + {upper} + 144], 1",
+            "vinsertf128 ymm10, ymm10, [{input} + {upper} + 160], 1",
+            "vinsertf128 ymm11, ymm11, [{input} + {upper} + 176], 1",
+            "vinsertf128 ymm12, ymm12, [{input} + {upper} + 192], 1",
+            "vinsertf128 ymm13, ymm13, [{input} + {upper} + 208], 1",
+            "vinsertf128 ymm14, ymm14, [{input} + {upper} + 224], 1",
+            "vinsertf128 ymm15, ymm15, [{input} + {upper} + 240], 1",
+            "4:",
             "push qword ptr [{input} + {rflags}]",
             "popfq",
             "mov rax, qword ptr [{input} + {gpr}]",
@@ -293,7 +336,29 @@ unsafe fn enter() {
             "pushfq",
             "pop qword ptr [{output} + {rflags}]",
             "fxsave64 [{output}]",
+            "cmp dword ptr [{fields} + 40], 0",
+            "je 3f",
+            "vextractf128 [{output} + {upper} + 0], ymm0, 1",
+            "vextractf128 [{output} + {upper} + 16], ymm1, 1",
+            "vextractf128 [{output} + {upper} + 32], ymm2, 1",
+            "vextractf128 [{output} + {upper} + 48], ymm3, 1",
+            "vextractf128 [{output} + {upper} + 64], ymm4, 1",
+            "vextractf128 [{output} + {upper} + 80], ymm5, 1",
+            "vextractf128 [{output} + {upper} + 96], ymm6, 1",
+            "vextractf128 [{output} + {upper} + 112], ymm7, 1",
+            "vextractf128 [{output} + {upper} + 128], ymm8, 1",
+            "vextractf128 [{output} + {upper} + 144], ymm9, 1",
+            "vextractf128 [{output} + {upper} + 160], ymm10, 1",
+            "vextractf128 [{output} + {upper} + 176], ymm11, 1",
+            "vextractf128 [{output} + {upper} + 192], ymm12, 1",
+            "vextractf128 [{output} + {upper} + 208], ymm13, 1",
+            "vextractf128 [{output} + {upper} + 224], ymm14, 1",
+            "vextractf128 [{output} + {upper} + 240], ymm15, 1",
             "3:",
+            "cmp dword ptr [{fields} + 40], 0",
+            "je 5f",
+            "vzeroupper",
+            "5:",
             "push 0x202",
             "popfq",
             "fninit",
@@ -305,6 +370,7 @@ unsafe fn enter() {
             fields = const FIELDS,
             gpr = const GPR,
             rflags = const RFLAGS,
+            upper = const UPPER,
             out("rax") _, out("rcx") _, out("rdx") _, out("rsi") _, out("rdi") _,
             out("r8") _, out("r9") _, out("r10") _, out("r11") _,
             out("r12") _, out("r13") _, out("r14") _, out("r15") _,

@@ -12,7 +12,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
 
-use dunlin_x86::cpuid::X86_64_V2;
+use dunlin_x86::cpuid::X86_64_V3;
 use dunlin_x86::kvmclock::GuestClock;
 use dunlin_x86::lapic::{InterruptRouter, Mailbox};
 use dunlin_x86::memory::{PhysicalMemory, RamPage};
@@ -148,7 +148,7 @@ fn processor(ram: &Arc<Ram>, clock: &Arc<GuestClock>, translation: Translation) 
     let config = CpuConfig {
         id: 0,
         cpus: 1,
-        baseline: &X86_64_V2,
+        baseline: &X86_64_V3,
         clock: Arc::clone(clock),
         code: Arc::new(CodeMap::new()),
         mark: std::num::NonZeroU8::MIN,
@@ -201,6 +201,7 @@ impl Software {
         state.rip = input.rip;
         state.rflags = input.rflags;
         state.xsave[..512].copy_from_slice(&input.float);
+        state.xsave[576..832].copy_from_slice(&input.upper);
         if let Err(error) = self.cpu.set_state(state) {
             panic!("state refused: {error} {input:x?}", input = input.gpr);
         }
@@ -214,8 +215,10 @@ impl Software {
             gpr: after.gpr,
             rflags: 0,
             rip: 0,
+            upper: [0; 256],
         };
         output.float.copy_from_slice(&after.xsave[..512]);
+        output.upper.copy_from_slice(&after.xsave[576..832]);
         let handlers = KERNEL + (frame::HANDLERS * PAGE) as u64;
         let vector = ((after.rip - 1 - handlers) / HANDLER_BYTES) as u8;
         let mut at = (after.gpr[gpr::RSP] as usize) % PAGE;
@@ -347,12 +350,12 @@ fn user_state(cpu: &mut Cpu) -> CpuState {
     // Paging, alignment checks, write protection, native x87 errors; as Linux sets them.
     state.cr0 = 0x8005_0033;
     state.cr3 = (frame::ROOT * PAGE) as u64;
-    // Physical address extension, FXSAVE, SSE exceptions.
-    state.cr4 = 0x620;
+    // Physical address extension, FXSAVE, SSE exceptions, XSAVE.
+    state.cr4 = 0x4_0620;
     // SYSCALL, long mode, no-execute.
     state.msrs.efer = 0xd01;
-    state.xcr0 = 3;
-    state.xsave = vec![0; 576];
-    state.xsave[512] = 3;
+    state.xcr0 = 7;
+    state.xsave = vec![0; 832];
+    state.xsave[512] = 7;
     state
 }

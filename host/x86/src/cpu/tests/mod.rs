@@ -1,6 +1,7 @@
 //! Small machine-code programs, and what the processor makes of them.
 
 mod access;
+mod avx;
 mod branches;
 mod calls;
 mod code;
@@ -25,7 +26,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use iced_x86::code_asm::CodeAssembler;
 
 use super::{Cpu, CpuConfig, Stop, Translation};
-use crate::cpuid;
+use crate::cpuid::{self, Baseline};
 use crate::kvmclock::GuestClock;
 use crate::lapic::{InterruptRouter, Mailbox};
 use crate::memory::{PhysicalMemory, RamPage};
@@ -188,21 +189,30 @@ impl Machine {
     }
 
     fn beside(id: u32, ram: Arc<Ram>, code: Arc<CodeMap>) -> Self {
+        Self::of(&cpuid::X86_64_V2, id, ram, code)
+    }
+
+    fn of(baseline: &'static Baseline, id: u32, ram: Arc<Ram>, code: Arc<CodeMap>) -> Self {
         // These tests are there twice.
         let translation = match module_path!() {
             path if path.ends_with("translated") => Translation::After(NonZeroU32::MIN),
             _ => Translation::Never,
         };
-        Self::translating(id, ram, code, translation)
+        Self::made((baseline, translation), id, ram, code)
     }
 
-    fn translating(id: u32, ram: Arc<Ram>, code: Arc<CodeMap>, translation: Translation) -> Self {
+    fn made(
+        (baseline, translation): (&'static Baseline, Translation),
+        id: u32,
+        ram: Arc<Ram>,
+        code: Arc<CodeMap>,
+    ) -> Self {
         let mailbox = Arc::new(Mailbox::new(id));
         let sent = Arc::new(Sent::default());
         let config = CpuConfig {
             id,
             cpus: 2,
-            baseline: &cpuid::X86_64_V2,
+            baseline,
             clock: Arc::new(GuestClock::new(2_000_000)),
             code: Arc::clone(&code),
             mark: MARK,

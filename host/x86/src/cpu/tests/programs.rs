@@ -180,7 +180,7 @@ fn routine(random: &mut Random, at: u64) -> Vec<u8> {
 fn machine(seed: u64, translation: Translation) -> Machine {
     let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     let (ram, code) = (Arc::new(Ram::new()), Arc::new(CodeMap::new()));
-    let mut machine = Machine::translating(0, ram, code, translation);
+    let mut machine = Machine::made((&cpuid::X86_64_V2, translation), 0, ram, code);
     machine.lay_tables();
     machine.enter_long(&[]);
     let ram = &machine.ram;

@@ -1,11 +1,11 @@
-//! From decoded x87, MMX and SSE instructions to handlers.
+//! From decoded x87, MMX, SSE and AVX instructions to handlers.
 //!
 //! The tables below match on mnemonics and name the function that does the work; the builders
 //! here fetch its operands by the instruction's form and write its result. A form is fixed when
 //! the handler is made, so that no handler asks at run time where its operand is.
 
 mod fpu;
-mod moves;
+pub(super) mod moves;
 mod packed;
 mod sse;
 
@@ -32,6 +32,10 @@ pub(crate) fn lower(instruction: &Instruction) -> Option<Lowered> {
     if let Some(lowered) = fpu::lower(instruction) {
         return Some(lowered);
     }
+    #[cfg(target_arch = "x86_64")]
+    if let Some(lowered) = crate::float::avx::lower(instruction) {
+        return Some(lowered);
+    }
     let handler = moves::lower(instruction)
         .or_else(|| packed::lower(instruction))
         .or_else(|| sse::lower(instruction))?;
@@ -49,7 +53,7 @@ pub(crate) fn lower(instruction: &Instruction) -> Option<Lowered> {
 }
 
 /// The number by which handlers address a register.
-fn register_number(register: Register) -> u8 {
+pub(super) fn register_number(register: Register) -> u8 {
     match register {
         Register::None => 0,
         Register::AH => 0x20,
@@ -128,7 +132,7 @@ fn check_mmx(cpu: &mut Cpu) -> Result {
 
 /// #XM, or #UD where the system does not expect it.
 #[cold]
-fn simd_exception(cpu: &mut Cpu) -> crate::exec::Abort {
+pub(super) fn simd_exception(cpu: &mut Cpu) -> crate::exec::Abort {
     const CR4_OSXMMEXCPT: u64 = 1 << 10;
     if cpu.cr4 & CR4_OSXMMEXCPT != 0 {
         cpu.raise(Exception::Simd)

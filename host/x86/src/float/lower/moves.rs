@@ -285,7 +285,7 @@ fn masked_stores(instruction: &Instruction) -> Option<Handler> {
 }
 
 /// Stores the bytes whose mask byte is negative.
-fn store_masked(cpu: &mut Cpu, op: &Op, value: &[u8], mask: &[u8]) -> Result {
+pub(in crate::float) fn store_masked(cpu: &mut Cpu, op: &Op, value: &[u8], mask: &[u8]) -> Result {
     let at = cpu.ea(op);
     cpu.check_writable(at, value.len() as u64, op.seg)?;
     for (index, (byte, mask)) in value.iter().zip(mask).enumerate() {

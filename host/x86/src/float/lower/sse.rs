@@ -159,7 +159,9 @@ fn by_immediate(instruction: &Instruction) -> Option<Handler> {
         Code::Roundpd_xmm_xmmm128_imm8 => round!(M128, roundpd),
         Code::Roundss_xmm_xmmm32_imm8 => round!(M32, roundss),
         Code::Roundsd_xmm_xmmm64_imm8 => round!(M64, roundsd),
-        Code::Dpps_xmm_xmmm128_imm8 => float::<M128>(instruction, arithmetic::dpps),
+        Code::Dpps_xmm_xmmm128_imm8 => float::<M128>(instruction, |ab, control, mxcsr| {
+            arithmetic::dpps([ab], control, mxcsr).map(|[sum]| sum)
+        }),
         Code::Dppd_xmm_xmmm128_imm8 => float::<M128>(instruction, arithmetic::dppd),
         _ => return None,
     })
