@@ -42,6 +42,10 @@ impl DebugExit {
 }
 
 impl BusDevice for DebugExit {
+    fn label(&self) -> String {
+        "debug-exit".into()
+    }
+
     fn read(&self, _offset: u64, data: &mut [u8]) {
         data.fill(0);
     }

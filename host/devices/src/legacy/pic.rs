@@ -324,6 +324,10 @@ struct Ports {
 }
 
 impl BusDevice for Ports {
+    fn label(&self) -> String {
+        "pic".into()
+    }
+
     fn read(&self, offset: u64, data: &mut [u8]) {
         for (offset, byte) in (offset..).zip(data) {
             *byte = match self.part {

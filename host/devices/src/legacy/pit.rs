@@ -348,6 +348,10 @@ fn write_control(state: &mut State, word: u8, now: u64) {
 }
 
 impl BusDevice for Counters {
+    fn label(&self) -> String {
+        "pit".into()
+    }
+
     fn read(&self, offset: u64, data: &mut [u8]) {
         let mut state = lock(&self.0.state);
         let now = state.clock.now();
@@ -387,6 +391,10 @@ impl BusDevice for Counters {
 struct SystemPort(Arc<Shared>);
 
 impl BusDevice for SystemPort {
+    fn label(&self) -> String {
+        "system-port".into()
+    }
+
     fn read(&self, _offset: u64, data: &mut [u8]) {
         let mut state = lock(&self.0.state);
         let now = state.clock.now();

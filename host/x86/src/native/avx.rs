@@ -245,7 +245,7 @@ impl Work<'_> {
             if is_aligned(original.mnemonic()) {
                 self.aligned(bytes, instruction);
             }
-            self.redirect(&mut i, (bytes, stores), instruction);
+            self.redirect(&mut i, R10, (bytes, stores), instruction);
         }
         let named = || {
             (0..)
@@ -310,7 +310,7 @@ impl Work<'_> {
     /// The address in R10 has to be a multiple of `bytes`.
     fn aligned(&mut self, bytes: u32, instruction: usize) {
         if bytes != 32 {
-            self.whole(instruction);
+            self.whole(R10, instruction);
             return;
         }
         let low_bits = context(offset_of!(Context, low_bits_wide));
