@@ -201,10 +201,13 @@ pub(crate) unsafe fn compare_exchange_16(
 #[inline]
 pub(crate) fn counter() -> u64 {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: RDTSC exists on every x86-64 processor; user space may execute it unless the
-    // process asked the kernel to forbid it.
-    #[expect(unsafe_code, reason = "the intrinsic is unsafe by declaration only")]
+    // SAFETY: LFENCE and RDTSC exist on every x86-64 processor; user space may execute the latter
+    // unless the process asked the kernel to forbid it.
+    #[expect(unsafe_code, reason = "the intrinsics are unsafe by declaration only")]
     unsafe {
+        // Not read before what came before, such as a lock that was taken: a guest's RDTSCP waits for
+        // that, and other processors would see time go back.
+        std::arch::x86_64::_mm_lfence();
         std::arch::x86_64::_rdtsc()
     }
     #[cfg(not(target_arch = "x86_64"))]

@@ -57,11 +57,13 @@ pub(crate) mod value;
 pub(crate) mod xsave;
 
 use crate::cpu::Cpu;
+#[cfg(target_arch = "x86_64")]
 use crate::float::{XSAVE_AVX, XSAVE_SSE};
 use op::{Op, slot};
 use value::Value;
 
 /// What AVX needs in XCR0.
+#[cfg(target_arch = "x86_64")]
 const AVX_STATE: u64 = XSAVE_SSE | XSAVE_AVX;
 
 /// The instruction ended before it changed anything; why is in the processor.
@@ -263,6 +265,7 @@ impl Cpu {
     }
 
     /// Does an AVX instruction run?
+    #[cfg(target_arch = "x86_64")]
     #[inline]
     pub(crate) fn avx_runs(&self) -> bool {
         use crate::cpu::control::{CR0_TS, CR4_OSXSAVE};
@@ -270,6 +273,7 @@ impl Cpu {
     }
 
     /// May an AVX instruction run (SDM vol. 2, 2.4)?
+    #[cfg(target_arch = "x86_64")]
     #[inline]
     pub(crate) fn check_avx(&mut self) -> Result {
         use crate::cpu::control::CR4_OSXSAVE;

@@ -29,6 +29,7 @@ pub(super) enum Tiny {
     /// The lowest lanes, of double precision.
     Double(u8),
     /// The lowest lanes, of half precision.
+    #[cfg(target_arch = "x86_64")]
     Half(u8),
 }
 
@@ -43,6 +44,7 @@ impl Tiny {
             Self::Double(count) => u64::split(result)[..usize::from(count)]
                 .iter()
                 .any(|lane| lane & (0x7ff << 52) == 0 && lane << 1 != 0),
+            #[cfg(target_arch = "x86_64")]
             Self::Half(count) => u16::split(result)[..usize::from(count)]
                 .iter()
                 .any(|lane| lane & 0x7c00 == 0 && lane << 1 != 0),

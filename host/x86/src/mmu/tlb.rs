@@ -46,6 +46,7 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
+    #[cfg(target_arch = "x86_64")]
     const fn empty(at: usize) -> Self {
         Self {
             read: nothing(at),

@@ -42,6 +42,10 @@ pub struct Probe {
     cpl: AtomicU8,
     address: AtomicU64,
     /// Addresses of translated code in this process.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(dead_code, reason = "there is no translated code")
+    )]
     code: Range<usize>,
     ring: Box<[Place]>,
     /// Samples that were ever taken, and collected.
@@ -109,6 +113,10 @@ impl Probe {
     /// # Safety
     /// `cpu` is a processor that this thread runs.
     #[expect(unsafe_code, reason = "the processor is looked at while it runs")]
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(unused_variables, reason = "there is no translated code")
+    )]
     unsafe fn look(&self, cpu: *const Cpu, program_counter: usize) -> Sample {
         // SAFETY: the processor is there. Each read is of an aligned word that only this thread writes,
         // so that it has the old or the new value, and any value will do: it is only counted.
@@ -132,15 +140,16 @@ impl Probe {
                 code: (program_counter - self.code.start) as u32,
             };
         }
-        let mut doing = Doing::from_number(doing);
+        let doing = Doing::from_number(doing);
         #[cfg(target_arch = "x86_64")]
-        if doing == Doing::Interpreted {
+        let doing = {
             // SAFETY: as above.
             let budget = unsafe { ptr::read_volatile(&raw const (*cpu).budget) };
-            if budget & crate::native::ALONE != 0 {
-                doing = Doing::Stepped;
+            match doing {
+                Doing::Interpreted if budget & crate::native::ALONE != 0 => Doing::Stepped,
+                doing => doing,
             }
-        }
+        };
         // The register names the next instruction between blocks; within one, its slot has the
         // block's first.
         let address = match doing {

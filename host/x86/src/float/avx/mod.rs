@@ -290,6 +290,11 @@ fn plain(cpu: &mut Cpu, op: &Op) -> Result {
         let mut mxcsr = cpu.float.mxcsr;
         let settled = arithmetic::settle(&mut mxcsr, exceptions);
         if settled.is_none() {
+            if form.memory == Memory::Store {
+                // A page fault comes first.
+                let at = cpu.ea(op);
+                cpu.check_writable(at, form.bytes as u64, op.seg)?;
+            }
             cpu.float.mxcsr = mxcsr;
             return Err(simd_exception(cpu));
         }
