@@ -120,13 +120,13 @@ fn check_peer(peer: Peer) {
 }
 
 #[test]
-#[ignore = "a machine for each case"]
+#[ignore = "starts a QEMU for each of 866 cases: longer than a run of all tests may take"]
 fn tcg_behaves_as_the_manuals_say() {
     check_peer(Peer::Tcg);
 }
 
 #[test]
-#[ignore = "a machine for each case"]
+#[ignore = "starts a QEMU for each of 866 cases, and needs a KVM that runs ring 0 natively"]
 fn kvm_behaves_as_the_manuals_say() {
     check_peer(Peer::Kvm);
 }
