@@ -170,7 +170,7 @@ impl Lowering {
         if !tables::is_offered(self.baseline, self.mode, instruction) {
             return self.undefined(instruction);
         }
-        if self.mode == Mode::Bits16 && tables::is_general_vex(instruction) {
+        if self.mode == Mode::Bits16 && tables::is_general_vex(instruction.mnemonic()) {
             let check = self.op(instruction, straight(tables::check_vex));
             self.ops.push(check);
         }

@@ -11,7 +11,7 @@ pub(crate) use block::Block;
 pub(crate) use cache::BlockCache;
 pub(crate) use cold::Cold;
 #[cfg(target_arch = "x86_64")]
-pub(crate) use tables::is_offered;
+pub(crate) use tables::{is_general_vex, is_offered};
 
 /// The size of code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -76,9 +76,9 @@ pub(crate) fn is_offered(baseline: &Baseline, mode: Mode, instruction: &Instruct
 }
 
 /// Is it an instruction of general registers with a VEX prefix?
-pub(super) fn is_general_vex(instruction: &Instruction) -> bool {
+pub(crate) fn is_general_vex(mnemonic: M) -> bool {
     matches!(
-        instruction.mnemonic(),
+        mnemonic,
         M::Andn
             | M::Bextr
             | M::Blsi
