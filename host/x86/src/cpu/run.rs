@@ -141,14 +141,9 @@ impl Cpu {
         if !self.is_64_bit() || self.alone {
             return;
         }
-        let Some(bytes) = self.blocks.bytes_of(block) else {
-            return;
-        };
-        let about = (self.config.baseline, self.mark.get(), self.rip >> 63 != 0);
         let before = self.begin(Doing::Translating);
-        if let Some(code) = self.translator.translate(block, &bytes, about) {
+        if let Some(code) = self.translate_from(block) {
             block.code.set(code);
-            self.translator.remember_made(block, code);
             self.counters.translated_blocks += 1;
         }
         self.go_back(before);
@@ -169,7 +164,7 @@ impl Cpu {
 
     /// The block that runs, or ran last.
     #[inline(always)]
-    fn current_block(&self) -> &'static Block {
+    pub(crate) fn current_block(&self) -> &'static Block {
         // SAFETY: set by `enter`, and blocks live until `collect`, which only `run_blocks` calls,
         // before it enters one; or they are the single one, which lives until the next single one.
         #[expect(unsafe_code, reason = "blocks are chained by pointer")]

@@ -224,6 +224,7 @@ impl BlockCache {
     pub(crate) fn forget_translated(&mut self) {
         for block in self.pages.values().flat_map(|page| page.blocks.values()) {
             block.code.set(std::ptr::null());
+            block.woven.set(false);
             block.runs.set(0);
         }
         self.translated.fill(KnownJump::NONE);
@@ -292,7 +293,7 @@ impl BlockCache {
 
     /// Drops a block that may be running. It may go on, but not be entered in any table again.
     fn bury(&mut self, block: Box<Block>) {
-        if block.code.replace(std::ptr::null()).is_null() {
+        if block.code.replace(std::ptr::null()).is_null() && !block.woven.get() {
             self.dropped.push(block);
         } else {
             self.buried_size += block.ops.len();

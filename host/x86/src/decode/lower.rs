@@ -159,6 +159,7 @@ impl Lowering {
             start: self.start as u16,
             user: false,
             code: std::cell::Cell::new(std::ptr::null()),
+            woven: std::cell::Cell::new(false),
             runs: std::cell::Cell::new(0),
             links: no_links(),
             frame: None,

@@ -9,11 +9,12 @@ use super::enter::BIAS;
 use super::translate::{Able, Stub, StubKind, Unable, Work, context, field, number, page, scratch};
 use super::{Context, KnownJump, WAY_OUT};
 use crate::cpu::Cpu;
-use crate::decode::BlockCache;
+use crate::decode::{Block, BlockCache};
 use crate::mmu::PAGE_OFFSET;
 
 /// A way on that is out of the page, to be written behind the rest: a jump leads there.
-pub(super) struct Far {
+pub(super) struct Far<'a> {
+    block: &'a Block,
     jump: Jump,
     offset: i32,
     instruction: Option<usize>,
@@ -40,6 +41,7 @@ impl Work<'_> {
             instruction,
         ) {
             (Some(offset), ..) => self.stubs.push(Stub {
+                block: self.block,
                 jump: Some(jump),
                 kind: StubKind::Link {
                     link,
@@ -48,6 +50,7 @@ impl Work<'_> {
                 },
             }),
             (None, Ok(offset), _) => self.far.push(Far {
+                block: self.block,
                 jump,
                 offset,
                 instruction,
@@ -64,14 +67,12 @@ impl Work<'_> {
         let asm = self.asm();
         find_jump(asm);
         asm.load(RCX, at(R11, offset_of!(KnownJump, linear) as i32));
-        asm.lea(RCX, at_index(RCX, R10, 0, 0));
-        let elsewhere = asm.unless_rcx_zero();
+        let elsewhere = asm.unless_zero(at_index(RCX, R10, 0, 0));
         let key = offset_of!(BlockCache, keys) + usize::from(upper) * 8;
         let key = offset_of!(Cpu, blocks) + key;
         asm.load(R10, at(R15, key as i32 - BIAS as i32));
         asm.load(RCX, at(R11, offset_of!(KnownJump, context) as i32));
-        asm.lea(RCX, at_index(RCX, R10, 0, 0));
-        [elsewhere, asm.unless_rcx_zero()]
+        [elsewhere, asm.unless_zero(at_index(RCX, R10, 0, 0))]
     }
 
     /// As [`Work::look_up_jump`]; the interpreter does the instruction when the jump is not known.
@@ -118,6 +119,23 @@ impl Work<'_> {
 
     /// A branch, which ends the block.
     pub(super) fn branch(&mut self, i: &Instruction, instruction: usize) -> Able {
+        let condition = (i.condition_code() as u8).saturating_sub(1);
+        match (self.goes_on_by(instruction), i.code()) {
+            // The block that it leads to follows.
+            (Some(0), Code::Jmp_rel8_64 | Code::Jmp_rel32_64) => return Ok(()),
+            (Some(0), _) => {
+                // Encodings of a condition and its opposite differ in the last bit.
+                let past = self.assembler.jump_if(condition ^ 1);
+                self.go(past, 1, i.next_ip() as i64, Some(instruction));
+                return Ok(());
+            }
+            (Some(_), _) => {
+                let taken = self.assembler.jump_if(condition);
+                self.go(taken, 0, i.near_branch_target() as i64, Some(instruction));
+                return Ok(());
+            }
+            (None, _) => {}
+        }
         match i.code() {
             Code::Jmp_rel8_64 | Code::Jmp_rel32_64 => {
                 let jump = self.assembler.jump();
@@ -153,6 +171,7 @@ impl Work<'_> {
                 // Where nobody knows the way, the interpreter does it.
                 let number = (self.first_leaving + 1 + self.stubs.len()) as u32;
                 self.stubs.push(Stub {
+                    block: self.block,
                     jump: None,
                     kind: StubKind::Step(instruction),
                 });
@@ -170,7 +189,6 @@ impl Work<'_> {
                 self.take_jump();
             }
             _ if i.is_jcc_short_or_near() && i.op0_kind() == OpKind::NearBranch64 => {
-                let condition = (i.condition_code() as u8).saturating_sub(1);
                 let taken = self.assembler.jump_if(condition);
                 self.go(taken, 0, i.near_branch_target() as i64, Some(instruction));
                 let on = self.assembler.jump();
@@ -210,8 +228,7 @@ impl Work<'_> {
             return;
         }
         asm.not(R10);
-        asm.lea(RCX, at_index(R11, R10, 0, next + 1));
-        let elsewhere = asm.unless_rcx_zero();
+        let elsewhere = asm.unless_zero(at_index(R11, R10, 0, next + 1));
         asm.store(page(), R11);
         asm.lea(R14, at(R14, 8));
         let on = asm.jump();
@@ -225,11 +242,13 @@ impl Work<'_> {
     /// Code for the ways out of the page, behind all else.
     pub(super) fn far_ways(&mut self) {
         for Far {
+            block,
             jump,
             offset,
             instruction,
         } in std::mem::take(&mut self.far)
         {
+            self.block = block;
             self.assembler.land(jump);
             self.assembler.load(R10, page());
             self.assembler.lea(R10, at(R10, offset));
@@ -238,6 +257,7 @@ impl Work<'_> {
                 None => {
                     let unknown = self.look_up_jump();
                     let kind = |jump| Stub {
+                        block,
                         jump: Some(jump),
                         kind: StubKind::Away { offset },
                     };
@@ -268,15 +288,13 @@ pub(super) fn write_returns(asm: &mut Assembler, start: usize) -> Returns {
     let by_table = asm.here();
     find_jump(asm);
     asm.load(RCX, at(R11, offset_of!(KnownJump, linear) as i32));
-    asm.lea(RCX, at_index(RCX, R10, 0, 0));
-    let elsewhere = asm.unless_rcx_zero();
+    let elsewhere = asm.unless_zero(at_index(RCX, R10, 0, 0));
     // The half of the address tells which context has to be that of now.
     asm.pext(RCX, R10, context(offset_of!(Context, sign_bits) + 8));
     let keys = offset_of!(Cpu, blocks) + offset_of!(BlockCache, keys);
     asm.load(R10, at_index(R15, RCX, 3, keys as i32 - BIAS as i32));
     asm.load(RCX, at(R11, offset_of!(KnownJump, context) as i32));
-    asm.lea(RCX, at_index(RCX, R10, 0, 0));
-    let stale = asm.unless_rcx_zero();
+    let stale = asm.unless_zero(at_index(RCX, R10, 0, 0));
     asm.lea(R14, at(R14, 8));
     asm.load(RCX, at(R11, offset_of!(KnownJump, page) as i32));
     asm.store(page(), RCX);

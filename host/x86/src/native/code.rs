@@ -4,15 +4,26 @@ use std::io;
 use std::ptr::NonNull;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
-/// A memory file that is mapped twice.
+use super::emit::Part;
+
+/// What the processor looks up at once where it can.
+const HUGE: usize = 2 << 20;
+/// Code of a huge page from which on it gets one.
+const WORTH: usize = 256 << 10;
+/// `MADV_COLLAPSE` of Linux 6.1: a huge page, whatever the host's setting for shared memory is.
+const COLLAPSE: libc::c_int = 25;
+
+/// A memory file that is mapped twice. One half is for code that often runs, the other for that which
+/// rarely does.
 #[derive(Debug)]
 pub(crate) struct CodeMemory {
     writable: NonNull<u8>,
     executable: NonNull<u8>,
     size: usize,
-    used: usize,
+    /// Where each part ends.
+    ends: [usize; 2],
 }
 
 // SAFETY: the mappings belong to this value alone, and any thread may use them.
@@ -25,17 +36,10 @@ impl CodeMemory {
         let file = memfd_create("dunlin-code", MemfdFlags::CLOEXEC)?;
         ftruncate(&file, size as u64)?;
         let map = |protection| -> io::Result<NonNull<u8>> {
-            // SAFETY: a new mapping at a place of the kernel's choice touches no other memory.
-            let address = unsafe {
-                mmap(
-                    std::ptr::null_mut(),
-                    size,
-                    protection,
-                    MapFlags::SHARED,
-                    &file,
-                    0,
-                )
-            }?;
+            let address = reserve(size)?;
+            let flags = MapFlags::SHARED | MapFlags::FIXED;
+            // SAFETY: the place was just reserved, and is known to nobody else.
+            let address = unsafe { mmap(address, size, protection, flags, &file, 0) }?;
             NonNull::new(address.cast()).ok_or_else(|| io::ErrorKind::OutOfMemory.into())
         };
         let writable = map(ProtFlags::READ | ProtFlags::WRITE)?;
@@ -51,18 +55,23 @@ impl CodeMemory {
             writable,
             executable,
             size,
-            used: 0,
+            ends: [0, size / 2],
         })
     }
 
-    /// Bytes that are left.
+    /// Bytes that are left of the part that has the fewest.
     pub(super) fn room(&self) -> usize {
-        self.size - self.used
+        (self.size / 2 - self.ends[0]).min(self.size - self.ends[1])
     }
 
     /// Bytes in use.
     pub(super) fn used(&self) -> usize {
-        self.used
+        self.ends[0] + self.ends[1] - self.size / 2
+    }
+
+    /// Where code that is appended begins.
+    pub(super) fn next(&self, part: Part) -> usize {
+        self.ends[part as usize].next_multiple_of(16)
     }
 
     /// The place that runs `offset`.
@@ -71,11 +80,13 @@ impl CodeMemory {
     }
 
     /// Appends code; says where it begins. `None` when there is no room for it.
-    pub(crate) fn append(&mut self, code: &[u8]) -> Option<usize> {
-        let start = self.used.next_multiple_of(16);
-        let end = start
-            .checked_add(code.len())
-            .filter(|&end| end <= self.size)?;
+    pub(crate) fn append(&mut self, part: Part, code: &[u8]) -> Option<usize> {
+        let start = self.next(part);
+        let most = match part {
+            Part::Often => self.size / 2,
+            Part::Rarely => self.size,
+        };
+        let end = start.checked_add(code.len()).filter(|&end| end <= most)?;
         // SAFETY: the range lies within the mapping, which nobody reads as Rust memory; the
         // processor runs none of it yet.
         unsafe {
@@ -85,15 +96,34 @@ impl CodeMemory {
                 code.len(),
             );
         }
-        self.used = end;
+        self.ends[part as usize] = end;
+        let worth = (start & !(HUGE - 1)) + WORTH;
+        if (start..end).contains(&worth) {
+            self.make_huge(worth & !(HUGE - 1));
+        }
         Some(start)
+    }
+
+    /// Asks for a huge page. Where there is none, all stays as it is.
+    fn make_huge(&self, start: usize) {
+        if start + HUGE > self.size {
+            return;
+        }
+        for mapping in [self.writable, self.executable] {
+            // SAFETY: the range is whole pages of a mapping of this value's own. What it holds does not
+            // change, and neither does what it is mapped for.
+            let _kept = unsafe { libc::madvise(mapping.as_ptr().add(start).cast(), HUGE, COLLAPSE) };
+        }
     }
 
     /// Makes the jump whose distance is at `place` go to `target`. Only the thread that runs the code
     /// does so.
     pub(super) fn patch(&mut self, place: usize, target: usize) {
         let distance = (target as i64 - (place as i64 + 4)) as i32;
-        debug_assert!(place + 4 <= self.used, "a place in code");
+        debug_assert!(
+            place + 4 <= self.ends[0] || (self.size / 2..self.ends[1]).contains(&(place + 3)),
+            "a place in code"
+        );
         // SAFETY: `place` is that of a distance within code that was appended.
         unsafe {
             self.writable
@@ -107,19 +137,46 @@ impl CodeMemory {
     /// Puts other bytes in the place of some that are there; false when they are not.
     #[cfg(test)]
     pub(super) fn spoil(&mut self, old: &[u8], new: &[u8]) -> bool {
-        // SAFETY: so many bytes are in use, and none of them runs.
-        let code = unsafe { std::slice::from_raw_parts_mut(self.writable.as_ptr(), self.used) };
-        let at = code.windows(old.len()).position(|bytes| bytes == old);
-        if let Some(at) = at {
-            code[at..at + new.len()].copy_from_slice(new);
-        }
-        at.is_some()
+        [(0, self.ends[0]), (self.size / 2, self.ends[1])]
+            .into_iter()
+            .any(|(start, end)| {
+                let first = self.writable.as_ptr().wrapping_add(start);
+                // SAFETY: so many bytes are in use, and none of them runs.
+                let code = unsafe { std::slice::from_raw_parts_mut(first, end - start) };
+                let at = code.windows(old.len()).position(|bytes| bytes == old);
+                if let Some(at) = at {
+                    code[at..at + new.len()].copy_from_slice(new);
+                }
+                at.is_some()
+            })
     }
 
     /// Forgets all code.
     pub(super) fn clear(&mut self) {
-        self.used = 0;
+        self.ends = [0, self.size / 2];
     }
+}
+
+/// Addresses for so many bytes, at the border of a huge page.
+#[expect(unsafe_code, reason = "memory that is executed is mapped by hand")]
+fn reserve(size: usize) -> io::Result<*mut std::ffi::c_void> {
+    let nothing = ProtFlags::empty();
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    // SAFETY: a new mapping at a place of the kernel's choice touches no other memory.
+    let whole = unsafe { mmap_anonymous(std::ptr::null_mut(), size + HUGE, nothing, flags) }?;
+    let before = whole.addr().next_multiple_of(HUGE) - whole.addr();
+    let start = whole.wrapping_byte_add(before);
+    let rest = [
+        (whole, before),
+        (start.wrapping_byte_add(size), HUGE - before),
+    ];
+    for (address, length) in rest {
+        if length != 0 {
+            // SAFETY: a part of what was just reserved, which nobody knows.
+            let _unmapped = unsafe { munmap(address, length) };
+        }
+    }
+    Ok(start)
 }
 
 impl Drop for CodeMemory {
@@ -140,9 +197,10 @@ mod tests {
     fn what_is_written_runs_and_what_is_patched_goes_elsewhere() {
         let mut memory = CodeMemory::new(1 << 16).unwrap();
         // mov eax, 1; ret
-        let one = memory.append(&[0xb8, 1, 0, 0, 0, 0xc3]).unwrap();
-        let two = memory.append(&[0xb8, 2, 0, 0, 0, 0xc3]).unwrap();
-        let jump = memory.append(&[0xe9, 0, 0, 0, 0]).unwrap();
+        let mut append = |part, code: &[u8]| memory.append(part, code).unwrap();
+        let one = append(Part::Often, &[0xb8, 1, 0, 0, 0, 0xc3]);
+        let two = append(Part::Rarely, &[0xb8, 2, 0, 0, 0, 0xc3]);
+        let jump = append(Part::Often, &[0xe9, 0, 0, 0, 0]);
         for (target, expected) in [(one, 1), (two, 2)] {
             memory.patch(jump + 1, target);
             let address = memory.address(jump);
@@ -152,6 +210,37 @@ mod tests {
                 unsafe { std::mem::transmute::<*const u8, extern "sysv64" fn() -> u32>(address) };
             assert_eq!(function(), expected);
         }
-        assert!(memory.append(&vec![0; 1 << 16]).is_none());
+        for part in [Part::Often, Part::Rarely] {
+            assert!(memory.append(part, &vec![0; 1 << 15]).is_none());
+            assert!(memory.append(part, &vec![0; 1 << 14]).is_some());
+        }
+    }
+
+    #[test]
+    fn code_that_fills_a_huge_page_stays_what_it_is() {
+        let mut memory = CodeMemory::new(4 * HUGE).unwrap();
+        // mov eax, ...; ret
+        let function = |value: u32| {
+            let mut code = vec![0xb8];
+            code.extend_from_slice(&value.to_le_bytes());
+            code.push(0xc3);
+            code
+        };
+        for value in 0..2 * HUGE as u32 / 16 {
+            for part in [Part::Often, Part::Rarely] {
+                let at = memory.append(part, &function(value)).unwrap();
+                let address = memory.address(at);
+                if value % 1000 != 0 {
+                    continue;
+                }
+                // SAFETY: the code there is a function that takes nothing and returns a number.
+                #[expect(unsafe_code, reason = "the test runs what it wrote")]
+                let function = unsafe {
+                    std::mem::transmute::<*const u8, extern "sysv64" fn() -> u32>(address)
+                };
+                assert_eq!(function(), value);
+            }
+        }
+        assert!(memory.room() < 16, "both parts are full");
     }
 }

@@ -50,10 +50,32 @@ pub(super) fn at_index(base: Reg, index: Reg, scale: u8, disp: i32) -> Mem {
     }
 }
 
+/// Where a block's code lies. What rarely runs is kept away from what often does, so that the host's
+/// caches hold more of the latter.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Part {
+    #[default]
+    Often,
+    Rarely,
+}
+
+/// Places from here on are in the part that rarely runs.
+const RARELY: usize = 1 << 30;
+
 /// Code in the making.
 #[derive(Debug, Default)]
 pub(super) struct Assembler {
+    /// Of the part that is written now.
     bytes: Vec<u8>,
+    /// Of the other part.
+    other: Vec<u8>,
+    part: Part,
+    /// From the start of the part that often runs to that of the other.
+    apart: isize,
+    /// LOOP is quick on this host: what is looked for makes RCX 1, and LOOP goes on by falling through.
+    /// Without it RCX becomes 0, and JRCXZ has to be taken, for which the host needs a place in its
+    /// table of branches: too many of those are what translated code waits for most.
+    loops: bool,
 }
 
 /// A jump whose distance is not known yet: where its four bytes are.
@@ -61,17 +83,58 @@ pub(super) struct Assembler {
 pub(super) struct Jump(usize);
 
 impl Assembler {
-    pub(super) fn clear(&mut self) {
+    /// Has the host's quick way to look for something.
+    pub(super) fn set_loops(&mut self, loops: bool) {
+        self.loops = loops;
+    }
+
+    /// Begins anew; `apart`: from the start of the part that often runs to that of the other.
+    pub(super) fn begin(&mut self, apart: isize) {
         self.bytes.clear();
+        self.other.clear();
+        self.part = Part::Often;
+        self.apart = apart;
     }
 
-    /// Bytes so far: where the next instruction goes.
+    /// Goes on in this part.
+    pub(super) fn go_on_in(&mut self, part: Part) {
+        if part != self.part {
+            std::mem::swap(&mut self.bytes, &mut self.other);
+            self.part = part;
+        }
+    }
+
+    /// Where the next instruction goes.
     pub(super) fn here(&self) -> usize {
-        self.bytes.len()
+        self.bytes.len() + self.start()
     }
 
-    pub(super) fn bytes(&self) -> &[u8] {
-        &self.bytes
+    fn start(&self) -> usize {
+        match self.part {
+            Part::Often => 0,
+            Part::Rarely => RARELY,
+        }
+    }
+
+    /// How much was written.
+    pub(super) fn len(&self) -> usize {
+        self.bytes.len() + self.other.len()
+    }
+
+    pub(super) fn bytes(&self, part: Part) -> &[u8] {
+        if part == self.part {
+            &self.bytes
+        } else {
+            &self.other
+        }
+    }
+
+    /// From the start of the part that often runs to a place.
+    pub(super) fn distance(&self, place: usize) -> isize {
+        match place.checked_sub(RARELY) {
+            Some(place) => place as isize + self.apart,
+            None => place as isize,
+        }
     }
 
     /// Appends an instruction that is encoded already.
@@ -178,7 +241,7 @@ impl Assembler {
 
     /// Forgets what was written from `place` on.
     pub(super) fn cut(&mut self, place: usize) {
-        self.bytes.truncate(place);
+        self.bytes.truncate(place - self.start());
     }
 
     /// PEXT: the bits of `from` that the mask in memory names, together.
@@ -210,9 +273,37 @@ impl Assembler {
         self.bits(3, to, from, mask);
     }
 
-    /// JRCXZ over a jump that follows: `otherwise` is taken when RCX is not zero.
+    /// The jump is taken when RCX is not zero. RCX changes.
     pub(super) fn unless_rcx_zero(&mut self) -> Jump {
-        self.raw(&[0xe3, 5]);
+        if self.loops {
+            self.lea(RCX, at(RCX, 1));
+        }
+        self.unless_matched()
+    }
+
+    /// The jump is taken when the address of an operand is not zero. RCX changes.
+    pub(super) fn unless_zero(&mut self, address: Mem) -> Jump {
+        self.lea(RCX, address.beyond(i32::from(self.loops)));
+        self.unless_matched()
+    }
+
+    /// The jump is taken when the address of an operand is not below that of the second page. RCX
+    /// changes.
+    pub(super) fn unless_in_first_page(&mut self, address: Mem) -> Jump {
+        self.lea(RCX, address.beyond(i32::from(self.loops) << 12));
+        self.page_of(RCX);
+        self.unless_matched()
+    }
+
+    /// The jump is taken when RCX is not what it is on a match. On a match it becomes zero.
+    fn unless_matched(&mut self) -> Jump {
+        if self.loops {
+            // LOOP into the NOP that follows, whose last five bytes are the jump.
+            self.raw(&[0xe2, 3, 0x0f, 0x1f, 0x84]);
+        } else {
+            // JRCXZ over the jump.
+            self.raw(&[0xe3, 5]);
+        }
         self.jump()
     }
 
@@ -325,18 +416,28 @@ impl Assembler {
 
     /// The jump goes here.
     pub(super) fn land(&mut self, jump: Jump) {
-        self.land_at(jump, self.here() as isize);
+        self.land_at(jump, self.distance(self.here()));
     }
 
-    /// The jump goes to a place `target` bytes from the start of this code, which may lie elsewhere.
+    /// The jump goes to a place `target` bytes from the start of the part that often runs, which may
+    /// lie elsewhere.
     pub(super) fn land_at(&mut self, jump: Jump, target: isize) {
-        let distance = (target - (jump.0 as isize + 4)) as i32;
-        self.bytes[jump.0..jump.0 + 4].copy_from_slice(&distance.to_le_bytes());
+        let distance = (target - (self.distance(jump.0) + 4)) as i32;
+        let (part, at) = match jump.0.checked_sub(RARELY) {
+            Some(at) => (Part::Rarely, at),
+            None => (Part::Often, jump.0),
+        };
+        let bytes = if part == self.part {
+            &mut self.bytes
+        } else {
+            &mut self.other
+        };
+        bytes[at..at + 4].copy_from_slice(&distance.to_le_bytes());
     }
 }
 
 impl Jump {
-    /// Where its distance is, from the start of the code.
+    /// Where its distance is.
     pub(super) fn place(self) -> usize {
         self.0
     }
@@ -351,7 +452,7 @@ mod tests {
     fn text(write: impl FnOnce(&mut Assembler)) -> String {
         let mut assembler = Assembler::default();
         write(&mut assembler);
-        let mut decoder = Decoder::new(64, assembler.bytes(), DecoderOptions::NONE);
+        let mut decoder = Decoder::new(64, assembler.bytes(Part::Often), DecoderOptions::NONE);
         let mut formatter = FastFormatter::new();
         let mut lines = Vec::new();
         while decoder.can_decode() {
@@ -454,5 +555,64 @@ mod tests {
             a.land_at(taken, -100);
         });
         assert_eq!(jumps, "jrcxz 7h; jmp 10h; jne 0FFFFFFFFFFFFFF9Ch; jecxz 0h");
+    }
+
+    #[test]
+    fn what_is_looked_for_falls_through_where_loop_is_quick() {
+        let code = |loops| {
+            let mut assembler = Assembler::default();
+            assembler.set_loops(loops);
+            let jump = assembler.unless_in_first_page(at_index(RCX, R10, 0, 7));
+            assembler.land_at(jump, 0x1000);
+            assembler
+        };
+        let decoded = |bytes: &[u8], skipped| {
+            let mut decoder = Decoder::with_ip(64, bytes, 0, DecoderOptions::NONE);
+            decoder.set_position(skipped).unwrap();
+            decoder.set_ip(skipped as u64);
+            let instructions: Vec<_> = decoder.into_iter().collect();
+            instructions
+        };
+        for (loops, disp) in [(false, 7), (true, 0x1007)] {
+            let assembler = code(loops);
+            let bytes = assembler.bytes(Part::Often);
+            let [lea, shift, branch, last] = decoded(bytes, 0).try_into().unwrap();
+            assert_eq!(lea.memory_displacement64(), disp);
+            assert_eq!(shift.mnemonic(), iced_x86::Mnemonic::Shrx);
+            let away = if loops {
+                assert_eq!(last.mnemonic(), iced_x86::Mnemonic::Nop);
+                branch.near_branch_target() as usize
+            } else {
+                assert_eq!(branch.near_branch_target() as usize, bytes.len());
+                last.ip() as usize
+            };
+            let [jump] = decoded(bytes, away).try_into().unwrap();
+            assert_eq!(jump.near_branch_target(), 0x1000);
+        }
+    }
+
+    #[test]
+    fn jumps_lead_from_part_to_part() {
+        let mut assembler = Assembler::default();
+        assembler.begin(0x1000);
+        let there = assembler.jump();
+        let on = assembler.jump();
+        assembler.go_on_in(Part::Rarely);
+        let back = assembler.jump();
+        assembler.land(there);
+        let far = assembler.jump();
+        assembler.land_at(far, 0x20);
+        assembler.go_on_in(Part::Often);
+        assembler.land(back);
+        assembler.land(on);
+        let distances = |part| -> Vec<i32> {
+            let jumps = assembler.bytes(part).chunks(5);
+            jumps
+                .map(|jump| i32::from_le_bytes(jump[1..].try_into().unwrap()))
+                .collect()
+        };
+        assert_eq!(distances(Part::Often), [0x1005 - 5, 10 - 10]);
+        assert_eq!(distances(Part::Rarely), [10 - 0x1005, 0x20 - 0x100a]);
+        assert_eq!(assembler.len(), 20);
     }
 }

@@ -2,17 +2,18 @@
 
 use std::ops::Range;
 
+use super::emit::Part;
 use super::{CODE, Translator};
 use crate::decode::Block;
 
-/// Translated blocks, in the order of their code.
+/// Translated blocks, in the order of their code, for each part of it.
 #[derive(Debug, Default)]
-pub(super) struct Made(Vec<MadeBlock>);
+pub(super) struct Made([Vec<MadeBlock>; 2]);
 
 /// A block that was translated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct MadeBlock {
-    /// Where its code is entered, in the code cache.
+    /// Where its code is entered, or begins, in the code cache.
     code: u32,
     /// Offset in the guest's page.
     pub(crate) start: u16,
@@ -21,27 +22,31 @@ pub(crate) struct MadeBlock {
 
 impl Made {
     pub(super) fn clear(&mut self) {
-        self.0.clear();
+        self.0.iter_mut().for_each(Vec::clear);
     }
-}
 
-impl Translator {
     /// Notes where a block's code is. Code is only ever appended.
-    pub(crate) fn remember_made(&mut self, block: &Block, code: *const u8) {
-        let code = (code as usize).wrapping_sub(self.mapping().start) as u32;
-        debug_assert!(self.made.0.last().is_none_or(|last| last.code < code));
-        self.made.0.push(MadeBlock {
+    pub(super) fn note(&mut self, block: &Block, part: Part, code: usize) {
+        let made = &mut self.0[part as usize];
+        let code = code as u32;
+        debug_assert!(made.last().is_none_or(|last| last.code < code));
+        made.push(MadeBlock {
             code,
             start: block.start,
             user: block.user,
         });
     }
+}
 
-    /// The block whose code is at an offset in the code cache. The few bytes before the place where it
-    /// is entered, which run when something is due, count as the block's before it.
+impl Translator {
+    /// The block whose code is at an offset in the code cache; that of a trace counts as its first
+    /// block's. The few bytes before the place where it is entered, which run when something is due,
+    /// count as the block's before it.
     pub(crate) fn made_at(&self, offset: u32) -> Option<MadeBlock> {
-        let after = self.made.0.partition_point(|made| made.code <= offset);
-        self.made.0.get(after.checked_sub(1)?).copied()
+        let rarely = offset as usize >= CODE / 2;
+        let made = &self.made.0[usize::from(rarely)];
+        let after = made.partition_point(|made| made.code <= offset);
+        made.get(after.checked_sub(1)?).copied()
     }
 
     /// Addresses at which translated code runs.

@@ -36,6 +36,7 @@ mod sse;
 mod stack;
 mod step;
 mod system;
+mod trace;
 mod translate;
 mod verify;
 
@@ -49,6 +50,7 @@ use crate::exec::flags::{ARITHMETIC, Flags, OF};
 use crate::exec::op::Op;
 pub(crate) use code::CodeMemory;
 use emit::Assembler;
+pub(crate) use emit::Part;
 pub(crate) use step::ALONE;
 pub(crate) use translate::is_known;
 pub(crate) use verify::Replaced;
@@ -245,6 +247,7 @@ pub(crate) struct Translator {
     pub(crate) after: u32,
     leavings: Vec<Leaving>,
     made: made::Made,
+    traces: trace::Traces,
     /// Where a return goes for which no call is known, and where that is done by the table.
     bottom: u64,
     by_table: usize,
@@ -301,6 +304,7 @@ impl Translator {
             after,
             leavings: Vec::new(),
             made: made::Made::default(),
+            traces: trace::Traces::default(),
             bottom: 0,
             by_table: 0,
             assembler: Assembler::default(),
@@ -311,8 +315,16 @@ impl Translator {
             verified: 0,
             difference: None,
         };
+        translator.assembler.set_loops(loop_is_quick());
         translator.begin();
         translator
+    }
+
+    /// Has things looked for as on other hosts.
+    #[cfg(test)]
+    pub(crate) fn look_as_elsewhere(&mut self) {
+        self.assembler.set_loops(!loop_is_quick());
+        self.clear();
     }
 
     /// Writes what all code needs.
@@ -325,13 +337,13 @@ impl Translator {
         let leave = enter::leave as unsafe extern "sysv64" fn();
         way_out.extend_from_slice(&(leave as usize as u64).to_le_bytes());
         way_out.extend_from_slice(&[0x41, 0xff, 0xe3]);
-        let at = memory.append(&way_out);
+        let at = memory.append(Part::Often, &way_out);
         debug_assert_eq!(at, Some(WAY_OUT), "the first that is written");
-        let start = memory.used().next_multiple_of(16);
+        let start = memory.next(Part::Often);
         let asm = &mut self.assembler;
-        asm.clear();
+        asm.begin(0);
         let places = branches::write_returns(asm, start);
-        let at = memory.append(asm.bytes());
+        let at = memory.append(Part::Often, asm.bytes(Part::Often));
         debug_assert_eq!(at, Some(start), "where it was made for");
         self.bottom = memory.address(start + places.bottom) as u64;
         self.by_table = start + places.by_table;
@@ -362,6 +374,7 @@ impl Translator {
         }
         self.leavings.clear();
         self.made.clear();
+        self.traces.clear();
         self.full = false;
         self.begin();
     }
@@ -371,6 +384,14 @@ impl Translator {
             .as_ref()
             .map_or(std::ptr::null(), |memory| memory.address(offset as usize))
     }
+}
+
+/// Is LOOP one operation of the host, as on AMD's processors since Bulldozer? On Intel's it is seven and
+/// more.
+fn loop_is_quick() -> bool {
+    let vendor = std::arch::x86_64::__cpuid(0);
+    let name = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes);
+    matches!(name.as_flattened(), b"AuthenticAMD" | b"HygonGenuine")
 }
 
 /// Where the code is that leaves.

@@ -140,9 +140,7 @@ impl Work<'_> {
     fn look(&mut self, address: Reg, bytes: u32, write: bool) -> Jump {
         self.load_tag(address, write);
         let asm = self.asm();
-        asm.lea(RCX, at_index(RCX, address, 0, bytes as i32 - 1));
-        asm.page_of(RCX);
-        asm.unless_rcx_zero()
+        asm.unless_in_first_page(at_index(RCX, address, 0, bytes as i32 - 1))
     }
 
     /// As [`Work::look`]; leaves to the interpreter instead of a jump.

@@ -87,6 +87,9 @@ impl Cpu {
                     }
                 }
                 Kind::Step { op, count, resume } => {
+                    // The interpreter counts blocks as a whole, and takes back what was not done.
+                    let instructions = u64::from(block.instructions);
+                    self.instructions = self.instructions.wrapping_add(instructions);
                     match self.step(block, op.into(), count.into()) {
                         Exit::Stepped if self.budget == 0 => {
                             let behind = usize::from(op + count);
@@ -95,7 +98,10 @@ impl Cpu {
                             self.rip = self.slot(slot::RIP).wrapping_add(next.into());
                             return Exit::Next;
                         }
-                        Exit::Stepped => target = self.translator.address(resume),
+                        Exit::Stepped => {
+                            self.instructions = self.instructions.wrapping_sub(instructions);
+                            target = self.translator.address(resume);
+                        }
                         Exit::Next => {
                             let behind = usize::from(op + count);
                             if behind + 1 < block.ops.len() {

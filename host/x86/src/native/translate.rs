@@ -1,17 +1,18 @@
 //! From a block's instructions to the host's.
 
 use iced_x86::{
-    Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory,
-    InstructionInfoOptions, Mnemonic as M, OpAccess, Register,
+    FlowControl, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic as M, OpAccess,
+    Register,
 };
 use std::mem::offset_of;
 
 use super::branches::Far;
-use super::emit::{Assembler, Jump, Mem, R13, R14, R15, RCX, Reg, at};
+use super::emit::{Assembler, Jump, Mem, Part, R13, R14, R15, RCX, Reg, at};
 use super::enter::{BIAS, CONTEXT};
 use super::plain::is_plain;
 use super::sharing::{self, Member};
 use super::stack::row;
+use super::trace::Segment;
 use super::{Context, Kind, Leaving, Translator, WAY_OUT, slot_at};
 use crate::cpu::Cpu;
 use crate::cpuid::Baseline;
@@ -49,7 +50,9 @@ pub(super) struct Unable;
 pub(super) type Able<T = ()> = Result<T, Unable>;
 
 /// Where translated code leaves, when its place is known.
-pub(super) struct Stub {
+pub(super) struct Stub<'a> {
+    /// The block that is left.
+    pub(super) block: &'a Block,
     /// `None`: other code names the place and leaves by itself.
     pub(super) jump: Option<Jump>,
     pub(super) kind: StubKind,
@@ -68,9 +71,13 @@ pub(super) enum StubKind {
     Step(usize),
 }
 
-/// An instruction of the block.
+/// An instruction.
 #[derive(Clone, Copy)]
-struct Place {
+struct Place<'a> {
+    /// The block that it belongs to.
+    block: &'a Block,
+    /// It ends that block, and the one that this link leads to follows.
+    link: Option<u8>,
     op: u16,
     count: u16,
     /// Where the code behind it begins.
@@ -81,6 +88,7 @@ pub(super) struct Work<'a> {
     pub(super) assembler: &'a mut Assembler,
     pub(super) encoder: &'a mut iced_x86::Encoder,
     pub(super) information: InstructionInfoFactory,
+    /// The block that the next instruction belongs to.
     pub(super) block: &'a Block,
     pub(super) baseline: &'static Baseline,
     pub(super) mark: u8,
@@ -94,13 +102,13 @@ pub(super) struct Work<'a> {
     pub(super) upper: bool,
     /// Whether SSE instructions run was looked at before.
     pub(super) sse_checked: bool,
-    places: Vec<Place>,
+    places: Vec<Place<'a>>,
     /// Instructions whose operands share looks into the TLB, in the copy of the block that has these.
     sharing: Vec<Option<Member>>,
     /// Where that copy goes on in the other, with the instruction of this number.
     pub(super) goes_wrong: Vec<(Jump, usize)>,
-    pub(super) stubs: Vec<Stub>,
-    pub(super) far: Vec<Far>,
+    pub(super) stubs: Vec<Stub<'a>>,
+    pub(super) far: Vec<Far<'a>>,
 }
 
 /// From R15 to a field of the processor.
@@ -206,8 +214,14 @@ impl Work<'_> {
         self.block.user
     }
 
+    /// The link of the branch with this number that leads to the block which follows here.
+    pub(super) fn goes_on_by(&self, instruction: usize) -> Option<u8> {
+        self.places[instruction].link
+    }
+
     pub(super) fn step_at(&mut self, jump: Jump, instruction: usize) {
         self.stubs.push(Stub {
+            block: self.block,
             jump: Some(jump),
             kind: StubKind::Step(instruction),
         });
@@ -254,9 +268,8 @@ impl Work<'_> {
         }
     }
 
-    /// The way into the block: looks whether something is due, and counts.
+    /// The way into the code: looks whether something is due.
     fn front(&mut self) -> (Jump, usize) {
-        let instructions = self.block.instructions;
         let asm = self.asm();
         let due = asm.here();
         let look = asm.jump();
@@ -267,9 +280,6 @@ impl Work<'_> {
         asm.back_if_ecx_zero(due);
         let unchecked = asm.here() - entry;
         assert_eq!(unchecked, CHECK, "alike in all blocks");
-        asm.load(RCX, field!(instructions));
-        asm.lea(RCX, at(RCX, instructions as i32));
-        asm.store(field!(instructions), RCX);
         (look, entry)
     }
 }
@@ -278,6 +288,7 @@ impl Work<'_> {
     /// Code for an instruction or a row; how many instructions it is for.
     fn row(&mut self, instructions: &[Instruction], number: usize) -> Able<usize> {
         let row = row(&instructions[number..]);
+        self.block = self.places[number].block;
         match row {
             [one] => self.instruction(one, number)?,
             [first, ..] if first.mnemonic() == M::Push => self.push_row(row, number)?,
@@ -337,7 +348,7 @@ impl Work<'_> {
                 .sum();
             self.places[number].resume = self.assembler.here();
             number += taken;
-            if i.is_invalid() || self.assembler.here() > MOST {
+            if i.is_invalid() || self.assembler.len() > MOST {
                 return None;
             }
         }
@@ -377,6 +388,29 @@ impl Work<'_> {
     }
 }
 
+/// The operations of each instruction of a block; one that a comparison took in has none.
+fn places_of<'a>(segment: &Segment<'a>) -> Vec<Place<'a>> {
+    let block = segment.block;
+    let last = segment.instructions.len().wrapping_sub(1);
+    let mut op = 0;
+    let mut places = Vec::with_capacity(segment.instructions.len());
+    for (number, i) in segment.instructions.iter().enumerate() {
+        let from = i.ip() as u16 - block.start;
+        let first = op;
+        while op + 1 < block.ops.len() && block.ops[op].offset == from {
+            op += 1;
+        }
+        places.push(Place {
+            block,
+            link: segment.link.filter(|_| number == last),
+            op: first as u16,
+            count: (op - first) as u16,
+            resume: 0,
+        });
+    }
+    places
+}
+
 /// What an instruction that could not be translated has to leave as it was.
 struct State {
     code: usize,
@@ -407,12 +441,11 @@ pub(crate) fn is_known(i: &Instruction) -> bool {
 }
 
 impl Translator {
-    /// Translates a block of 64-bit code whose bytes are given; `upper`: it runs in the upper half.
-    /// Where its code is, if it became any.
-    pub(crate) fn translate(
+    /// Translates blocks of 64-bit code that follow each other; `upper`: they run in the upper half.
+    /// Where the code of the first is, if it became any.
+    pub(super) fn translate(
         &mut self,
-        block: &Block,
-        bytes: &[u8],
+        trace: &[Segment<'_>],
         (baseline, mark, upper): (&'static Baseline, u8, bool),
     ) -> Option<*const u8> {
         let memory = self.memory.as_mut()?;
@@ -420,8 +453,9 @@ impl Translator {
             self.full = true;
             return None;
         }
-        self.assembler.clear();
-        let start = memory.used().next_multiple_of(16);
+        let block = trace.first()?.block;
+        let [start, aside] = [Part::Often, Part::Rarely].map(|part| memory.next(part));
+        self.assembler.begin(aside as isize - start as isize);
         let privilege = if block.user {
             Privilege::User
         } else {
@@ -445,39 +479,36 @@ impl Translator {
             stubs: Vec::new(),
             far: Vec::new(),
         };
-        let decoder = Decoder::with_ip(64, bytes, block.start.into(), DecoderOptions::NONE);
-        let instructions: Vec<Instruction> = decoder.into_iter().collect();
+        let mut instructions = Vec::new();
+        for segment in trace {
+            work.places.extend(places_of(segment));
+            instructions.extend_from_slice(&segment.instructions);
+        }
         if self.verifies && !instructions.iter().all(is_known) {
             // Something that is not to be done twice.
             return None;
         }
         let (look, entry) = work.front();
-        // The operations of each instruction; one that a comparison took in has none.
-        let mut op = 0;
-        for i in &instructions {
-            let from = i.ip() as u16 - block.start;
-            let first = op;
-            while op + 1 < block.ops.len() && block.ops[op].offset == from {
-                op += 1;
-            }
-            work.places.push(Place {
-                op: first as u16,
-                count: (op - first) as u16,
-                resume: 0,
-            });
-        }
         work.sharing = sharing::find(&instructions, &mut work.information);
         if !work.sharing.is_empty() {
             work.copy_that_shares(&instructions);
+            work.assembler.go_on_in(Part::Rarely);
         }
         work.copy_that_does_not(&instructions)?;
+        work.assembler.go_on_in(Part::Often);
         work.far_ways();
-        let Work { places, stubs, .. } = work;
+        let Work {
+            assembler: asm,
+            places,
+            stubs,
+            ..
+        } = work;
         let way_out = WAY_OUT as isize - start as isize;
         let exit = context(offset_of!(Context, exit));
-        let asm = &mut self.assembler;
+        asm.go_on_in(Part::Rarely);
         let leavings = &mut self.leavings;
-        let mut leave = |jump: Option<Jump>, kind: Kind| {
+        let at = |asm: &Assembler, place| (start as isize + asm.distance(place)) as u32;
+        let mut leave = |asm: &mut Assembler, jump: Option<Jump>, block, kind: Kind| {
             if let Some(jump) = jump {
                 asm.land(jump);
                 asm.store_imm_32(exit, leavings.len() as u32);
@@ -486,8 +517,8 @@ impl Translator {
             }
             leavings.push(Leaving { block, kind });
         };
-        leave(Some(look), Kind::Look);
-        for Stub { jump, kind } in stubs {
+        leave(asm, Some(look), block, Kind::Look);
+        for Stub { block, jump, kind } in stubs {
             let kind = match kind {
                 StubKind::Link {
                     link,
@@ -497,7 +528,7 @@ impl Translator {
                     link,
                     offset,
                     calls,
-                    place: (start + jump.map_or(0, Jump::place)) as u32,
+                    place: jump.map_or(0, |jump| at(asm, jump.place())),
                 },
                 StubKind::Away { offset } => Kind::Away { offset },
                 StubKind::Step(number) => {
@@ -505,15 +536,19 @@ impl Translator {
                     Kind::Step {
                         op: place.op,
                         count: place.count,
-                        resume: (start + place.resume) as u32,
+                        resume: at(asm, place.resume),
                     }
                 }
             };
-            leave(jump, kind);
+            leave(asm, jump, block, kind);
         }
-        let at = memory.append(self.assembler.bytes())?;
-        debug_assert_eq!(at, start, "where it was made for");
-        Some(memory.address(at + entry))
+        for (part, place) in [(Part::Often, start), (Part::Rarely, aside)] {
+            let at = memory.append(part, asm.bytes(part))?;
+            debug_assert_eq!(at, place, "where it was made for");
+        }
+        self.made.note(block, Part::Often, start + entry);
+        self.made.note(block, Part::Rarely, aside);
+        Some(memory.address(start + entry))
     }
 
     /// Makes a jump lead to other code of the same page. What leads forward need not look whether

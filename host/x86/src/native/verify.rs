@@ -1,8 +1,9 @@
-//! Lockstep: each block is interpreted and run as translated code, from the same state, and both have
-//! to come to the same end.
+//! Lockstep: each block, or trace of blocks, is interpreted and run as translated code, from the same
+//! state, and both have to come to the same end.
 //!
 //! The interpreter goes first, with a journal of what its stores replace; its end is noted, and
-//! everything taken back. Then the translation runs, one block of it, and what it has made is compared.
+//! everything taken back. Then the translation runs, until it leaves the trace, and what it has made is
+//! compared.
 //! Blocks are cut around instructions that translated code leaves to the interpreter in any case: what
 //! those do to devices and clocks must not be done twice.
 
@@ -41,9 +42,17 @@ struct Seen {
     flags: u64,
     system_flags: u64,
     float: FloatState,
-    instructions: u64,
-    /// The exception that an instruction raised, and the operation of the block that did.
-    fault: Option<(Exception, usize)>,
+    /// The exception that an instruction raised, and the operation that did: of which block.
+    fault: Option<(Exception, u16, usize)>,
+}
+
+/// What the interpreter made of a trace.
+struct Interpreted {
+    seen: Seen,
+    /// What it stored, and each byte's value then.
+    stores: Vec<(Replaced, u8)>,
+    /// The blocks that ran.
+    blocks: Vec<&'static Block>,
 }
 
 impl Cpu {
@@ -56,13 +65,13 @@ impl Cpu {
             flags: self.flags.to_rflags(),
             system_flags: self.system_flags,
             float: self.float.clone(),
-            instructions: self.instructions,
             fault: None,
         }
     }
 
-    /// What can be seen where a block ended. `None`: it was not done.
-    fn seen_after(&self, block: &Block, exit: Exit) -> Option<Seen> {
+    /// What can be seen where the block ended that ran last. `None`: it was not done.
+    fn seen_after(&self, exit: Exit) -> Option<Seen> {
+        let block = self.current_block();
         let mut seen = self.seen();
         if exit == Exit::Abort {
             let AbortReason::Exception(exception) = self.abort else {
@@ -70,7 +79,7 @@ impl Cpu {
             };
             let at = self.abort_at.pointer();
             let op = block.ops.iter().position(|op| std::ptr::eq(op, at));
-            seen.fault = Some((exception, op?));
+            seen.fault = Some((exception, block.start, op?));
             // It is worked out from the operation.
             seen.rip = 0;
         }
@@ -83,18 +92,22 @@ impl Cpu {
         self.flags = crate::exec::flags::Flags::from_rflags(seen.flags);
         self.system_flags = seen.system_flags;
         self.float.clone_from(&seen.float);
-        self.instructions = seen.instructions;
     }
 
     /// Interprets a block and runs its translation. `None`: the interpreter is to do it alone.
     pub(crate) fn run_verified(&mut self, block: &'static Block, code: *const u8) -> Option<Exit> {
         let before = self.seen();
-        let budget = self.budget;
+        let (budget, counted) = (self.budget, self.instructions);
         let mut first = None;
         for _ in 0..TRIES {
             let interpreted = self.interpret(block);
             self.set_seen(&before);
-            let (mut expected, stores) = interpreted?;
+            let done = std::mem::replace(&mut self.instructions, counted);
+            let Interpreted {
+                seen: mut expected,
+                stores,
+                blocks,
+            } = interpreted?;
             for mark in marks(&stores) {
                 mark.store(0, Ordering::Relaxed);
             }
@@ -102,14 +115,14 @@ impl Cpu {
             self.budget = 2;
             let exit = self.run_translated(code);
             self.budget = budget;
-            let now = self.seen_after(block, exit);
+            let now = self.seen_after(exit);
             let mut now = now.unwrap_or_else(|| self.seen());
             if now.flags != expected.flags {
                 // Where an instruction has raised an exception, what others leave undefined is not
                 // known.
                 let masked = match now.fault {
                     Some(_) => ARITHMETIC,
-                    None => self.undefined_flags(block),
+                    None => self.undefined_flags(&blocks),
                 };
                 now.flags |= masked;
                 expected.flags |= masked;
@@ -122,10 +135,11 @@ impl Cpu {
             }
             if now == expected && memory.is_none() && !unmarked {
                 self.translator.verified += 1;
+                self.instructions = done;
                 return Some(exit);
             }
             let report = || {
-                let mut text = self.describe(block, [&before, &expected, &now]);
+                let mut text = self.describe(&blocks, [&before, &expected, &now]);
                 let _ = writeln!(text, "  left by {exit:?}");
                 if unmarked {
                     let _ = writeln!(text, "  a page that was written is not marked dirty");
@@ -140,6 +154,7 @@ impl Cpu {
                 put(store.at, store.byte);
             }
             self.set_seen(&before);
+            self.instructions = counted;
         }
         let report = first.unwrap_or_default();
         tracing::error!("the interpreter and translated code differ:\n{report}");
@@ -149,32 +164,57 @@ impl Cpu {
         None
     }
 
-    /// Interprets one block, and takes back what it did. `None`: it has to be done by itself.
-    fn interpret(&mut self, block: &'static Block) -> Option<(Seen, Vec<(Replaced, u8)>)> {
+    /// Interprets the trace that begins with a block, as far as it is followed, and takes back what it
+    /// did. `None`: the block has to be done by itself.
+    fn interpret(&mut self, block: &'static Block) -> Option<Interpreted> {
+        let trace = self.translator.trace_of(block);
+        let mut blocks = vec![block];
         self.tlb.set_trying(true);
-        self.instructions += u64::from(block.instructions);
         self.journal = Some(Vec::new());
-        self.set_current(block);
-        self.regs[usize::from(slot::RIP)] = self.rip;
-        self.budget |= super::step::ALONE;
-        let at = At::first(&block.ops);
-        let exit = (at.get().handler)(self, at);
-        self.budget &= !super::step::ALONE;
+        let mut exit = self.interpret_block(block);
+        for (link, block) in trace {
+            let followed = match exit {
+                Exit::Taken => link == 0,
+                Exit::FallThrough => link == 1,
+                Exit::Next | Exit::Stepped | Exit::Abort => false,
+            };
+            if !followed {
+                break;
+            }
+            blocks.push(block);
+            exit = self.interpret_block(block);
+        }
         self.tlb.set_trying(false);
         let journal = self.journal.take().unwrap_or_default();
-        let after = self.seen_after(block, exit);
+        let after = self.seen_after(exit);
         let mut stores = Vec::with_capacity(journal.len());
         for replaced in journal.into_iter().rev() {
             stores.push((replaced, get(replaced.at)));
             put(replaced.at, replaced.byte);
         }
         stores.reverse();
-        Some((after?, stores))
+        Some(Interpreted {
+            seen: after?,
+            stores,
+            blocks,
+        })
     }
 
-    /// The flags that the architecture leaves undefined at a block's end.
-    fn undefined_flags(&self, block: &Block) -> u64 {
-        let instructions = self.instructions_of(block);
+    /// Interprets one block.
+    fn interpret_block(&mut self, block: &'static Block) -> Exit {
+        self.instructions += u64::from(block.instructions);
+        self.set_current(block);
+        self.regs[usize::from(slot::RIP)] = self.rip;
+        self.budget |= super::step::ALONE;
+        let at = At::first(&block.ops);
+        let exit = (at.get().handler)(self, at);
+        self.budget &= !super::step::ALONE;
+        exit
+    }
+
+    /// The flags that the architecture leaves undefined at the end of blocks.
+    fn undefined_flags(&self, blocks: &[&Block]) -> u64 {
+        let instructions = self.instructions_of(blocks);
         let undefined = instructions.iter().fold(0, |undefined, i| {
             // Shifts by a count that may be zero leave what was.
             let written = i.rflags_written() | i.rflags_cleared() | i.rflags_set();
@@ -192,19 +232,25 @@ impl Cpu {
         named.fold(0, |flags, (_, flag)| flags | flag) & ARITHMETIC
     }
 
-    fn instructions_of(&self, block: &Block) -> Vec<Instruction> {
-        let bytes = self.blocks.bytes_of(block).unwrap_or_default();
-        let at = self.native.page + u64::from(block.start);
-        Decoder::with_ip(64, &bytes, at, DecoderOptions::NONE)
-            .into_iter()
-            .collect()
+    fn instructions_of(&self, blocks: &[&Block]) -> Vec<Instruction> {
+        let mut instructions = Vec::new();
+        for block in blocks {
+            let bytes = self.blocks.bytes_of(block).unwrap_or_default();
+            let at = self.native.page + u64::from(block.start);
+            instructions.extend(Decoder::with_ip(64, &bytes, at, DecoderOptions::NONE));
+        }
+        instructions
     }
 
-    /// A block, and the states before it, after it as interpreted, and after it as translated.
-    fn describe(&self, block: &Block, [before, interpreted, translated]: [&Seen; 3]) -> String {
+    /// Blocks, and the states before them, after them as interpreted, and after them as translated.
+    fn describe(
+        &self,
+        blocks: &[&Block],
+        [before, interpreted, translated]: [&Seen; 3],
+    ) -> String {
         let mut text = String::new();
         let mut formatter = FastFormatter::new();
-        for i in self.instructions_of(block) {
+        for i in self.instructions_of(blocks) {
             let mut line = String::new();
             formatter.format(&i, &mut line);
             let _ = writeln!(text, "  {:#x}  {line}", i.ip());
@@ -237,12 +283,6 @@ impl Cpu {
                     before.system_flags,
                     interpreted.system_flags,
                     translated.system_flags,
-                ),
-                (
-                    "done",
-                    before.instructions,
-                    interpreted.instructions,
-                    translated.instructions,
                 ),
                 (
                     "mxcsr",

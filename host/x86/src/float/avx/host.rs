@@ -15,10 +15,10 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use iced_x86::{Code, Encoder, Instruction, OpKind, Register};
 
 use super::super::arithmetic::Tiny;
-use crate::native::CodeMemory;
+use crate::native::{CodeMemory, Part};
 
 /// Room for the routines of all forms; a test counts them.
-const ROOM: usize = 4 << 20;
+const ROOM: usize = 8 << 20;
 
 const FLAGS: u32 = 0x3f;
 const MASKS: u32 = 0x1f80;
@@ -155,7 +155,7 @@ pub(super) fn form(
     encoder.encode(&renamed, 0).ok()?;
     let mut code = encoder.take_buffer();
     code.push(0xc3);
-    let start = table.memory.append(&code)?;
+    let start = table.memory.append(Part::Often, &code)?;
     let mut form = Form {
         routine: Routine(table.memory.address(start)),
         operands,
