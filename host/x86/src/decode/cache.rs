@@ -238,6 +238,18 @@ impl BlockCache {
         self.buried_size > MOST_BURIED
     }
 
+    /// A block of the same page and privilege as another one, of 64-bit code.
+    #[cfg(target_arch = "x86_64")]
+    #[expect(unsafe_code, reason = "blocks are found by pointer")]
+    pub(crate) fn block_behind(&self, block: &Block, offset: u16) -> Option<&'static Block> {
+        let page = self.pages.get(&block.frame?)?;
+        let found = page.blocks.get(&key(offset, block.user, Mode::Bits64))?;
+        let found: *const Block = &raw const **found;
+        // SAFETY: dropped blocks live until `collect`, between blocks, or with what they were woven into.
+        let found = unsafe { &*found };
+        (found.second.is_none() && u64::from(offset) <= PAGE_OFFSET).then_some(found)
+    }
+
     /// The bytes of a block of 64-bit code, unless it was dropped.
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn bytes_of(&self, block: &Block) -> Option<Vec<u8>> {

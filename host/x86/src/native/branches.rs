@@ -2,9 +2,9 @@
 
 use std::mem::offset_of;
 
-use iced_x86::{Code, Instruction, OpKind};
+use iced_x86::{Code, FlowControl, Instruction, OpKind};
 
-use super::emit::{Assembler, Jump, R10, R11, R14, R15, RCX, at, at_index};
+use super::emit::{Assembler, Jump, Part, R10, R11, R14, R15, RCX, at, at_index};
 use super::enter::BIAS;
 use super::translate::{Able, Stub, StubKind, Unable, Work, context, field, number, page, scratch};
 use super::{Context, KnownJump, WAY_OUT};
@@ -61,13 +61,35 @@ impl Work<'_> {
     }
 
     /// Finds the jump to the linear address in R10 in the table: R11 points to it. What is not there
-    /// goes to the jumps that are given back.
-    fn look_up_jump(&mut self) -> [Jump; 2] {
-        let upper = self.upper;
+    /// goes to the jumps that are given back. `offset`: the address is so far from the page's beginning.
+    fn look_up_jump(&mut self, offset: Option<i32>) -> [Jump; 2] {
+        let upper = self.site.is_upper();
+        let often = self.assembler.part() == Part::Often;
+        let elsewhere = match offset.filter(|_| often) {
+            Some(offset) => {
+                let linear = self.site.page.wrapping_add_signed(offset.into());
+                // Where it is if the page is where it was.
+                let entry = self.site.jumps.wrapping_add(KnownJump::index(linear));
+                let asm = self.asm();
+                asm.set_wide(R11, entry.addr() as u64);
+                let other = is_jump(asm);
+                let found = asm.here();
+                asm.go_on_in(Part::Rarely);
+                asm.land(other);
+                find_jump(asm);
+                let elsewhere = is_jump(asm);
+                let back = asm.jump();
+                asm.land_at(back, found as isize);
+                asm.go_on_in(Part::Often);
+                elsewhere
+            }
+            None => {
+                let asm = self.asm();
+                find_jump(asm);
+                is_jump(asm)
+            }
+        };
         let asm = self.asm();
-        find_jump(asm);
-        asm.load(RCX, at(R11, offset_of!(KnownJump, linear) as i32));
-        let elsewhere = asm.unless_zero(at_index(RCX, R10, 0, 0));
         let key = offset_of!(BlockCache, keys) + usize::from(upper) * 8;
         let key = offset_of!(Cpu, blocks) + key;
         asm.load(R10, at(R15, key as i32 - BIAS as i32));
@@ -76,8 +98,8 @@ impl Work<'_> {
     }
 
     /// As [`Work::look_up_jump`]; the interpreter does the instruction when the jump is not known.
-    fn known_jump(&mut self, instruction: usize) {
-        for unknown in self.look_up_jump() {
+    fn known_jump(&mut self, offset: Option<i32>, instruction: usize) {
+        for unknown in self.look_up_jump(offset) {
             self.step_at(unknown, instruction);
         }
     }
@@ -120,7 +142,11 @@ impl Work<'_> {
     /// A branch, which ends the block.
     pub(super) fn branch(&mut self, i: &Instruction, instruction: usize) -> Able {
         let condition = (i.condition_code() as u8).saturating_sub(1);
-        match (self.goes_on_by(instruction), i.code()) {
+        let follows = self
+            .goes_on_by(instruction)
+            .filter(|_| i.flow_control() != FlowControl::Call)
+            .filter(|_| i.flow_control() != FlowControl::IndirectCall);
+        match (follows, i.code()) {
             // The block that it leads to follows.
             (Some(0), Code::Jmp_rel8_64 | Code::Jmp_rel32_64) => return Ok(()),
             (Some(0), _) => {
@@ -148,21 +174,21 @@ impl Work<'_> {
                     self.assembler.push_mem(page());
                     let call = self.assembler.call();
                     self.go_or_call(call, (0, true), offset, Some(instruction));
-                    self.land_return(i);
+                    self.land_return(i, instruction);
                 } else {
                     self.assembler.load(R10, page());
                     let offset = i32::try_from(offset).map_err(|_far| Unable)?;
                     self.assembler.lea(R10, at(R10, offset));
-                    self.call_in_r10(i, instruction)?;
+                    self.call_in_r10(i, Some(offset), instruction)?;
                 }
             }
             Code::Call_rm64 => {
                 self.target(i, instruction)?;
-                self.call_in_r10(i, instruction)?;
+                self.call_in_r10(i, None, instruction)?;
             }
             Code::Jmp_rm64 => {
                 self.target(i, instruction)?;
-                self.known_jump(instruction);
+                self.known_jump(None, instruction);
                 self.take_jump();
             }
             Code::Retnq => {
@@ -183,7 +209,7 @@ impl Work<'_> {
                 self.assembler.copy(R10, R14);
                 let from = self.probe_read(R10, 8, instruction);
                 self.assembler.load(R10, from);
-                self.known_jump(instruction);
+                self.known_jump(None, instruction);
                 let popped = 8 + i32::from(i.immediate16());
                 self.assembler.lea(R14, at(R14, popped));
                 self.take_jump();
@@ -200,8 +226,8 @@ impl Work<'_> {
     }
 
     /// Calls what R10 names, if that is known.
-    fn call_in_r10(&mut self, i: &Instruction, instruction: usize) -> Able {
-        self.known_jump(instruction);
+    fn call_in_r10(&mut self, i: &Instruction, offset: Option<i32>, instruction: usize) -> Able {
+        self.known_jump(offset, instruction);
         self.assembler.store(scratch(), R11);
         self.push_return(i, instruction)?;
         let asm = self.asm();
@@ -210,13 +236,16 @@ impl Work<'_> {
         asm.load(RCX, at(R11, offset_of!(KnownJump, page) as i32));
         asm.store(page(), RCX);
         asm.call_mem(at(R11, offset_of!(KnownJump, code) as i32));
-        self.land_return(i);
+        self.land_return(i, instruction);
         Ok(())
     }
 
     /// Where the host returns to behind a call: R10 says where the guest returns to. That is the
     /// instruction behind the call, or the table knows where.
-    fn land_return(&mut self, i: &Instruction) {
+    fn land_return(&mut self, i: &Instruction, instruction: usize) {
+        // Whatever ran meanwhile.
+        self.kept = None;
+        self.sse_checked = false;
         let by_table = self.by_table;
         let next = i.next_ip() as i32;
         let asm = self.asm();
@@ -231,12 +260,21 @@ impl Work<'_> {
         let elsewhere = asm.unless_zero(at_index(R11, R10, 0, next + 1));
         asm.store(page(), R11);
         asm.lea(R14, at(R14, 8));
-        let on = asm.jump();
-        self.go(on, 1, next.into(), None);
-        self.assembler.land(elsewhere);
-        self.assembler.not(R10);
-        let away = self.assembler.jump();
-        self.assembler.land_at(away, by_table);
+        let part = asm.part();
+        let over = (part == Part::Rarely).then(|| asm.jump());
+        asm.go_on_in(Part::Rarely);
+        asm.land(elsewhere);
+        asm.not(R10);
+        let away = asm.jump();
+        asm.land_at(away, by_table);
+        if let Some(over) = over {
+            asm.land(over);
+        }
+        asm.go_on_in(part);
+        if self.goes_on_by(instruction).is_none() {
+            let on = self.assembler.jump();
+            self.go(on, 1, next.into(), None);
+        }
     }
 
     /// Code for the ways out of the page, behind all else.
@@ -253,9 +291,9 @@ impl Work<'_> {
             self.assembler.load(R10, page());
             self.assembler.lea(R10, at(R10, offset));
             match instruction {
-                Some(instruction) => self.known_jump(instruction),
+                Some(instruction) => self.known_jump(Some(offset), instruction),
                 None => {
-                    let unknown = self.look_up_jump();
+                    let unknown = self.look_up_jump(Some(offset));
                     let kind = |jump| Stub {
                         block,
                         jump: Some(jump),
@@ -287,8 +325,7 @@ pub(super) fn write_returns(asm: &mut Assembler, start: usize) -> Returns {
     asm.land(call);
     let by_table = asm.here();
     find_jump(asm);
-    asm.load(RCX, at(R11, offset_of!(KnownJump, linear) as i32));
-    let elsewhere = asm.unless_zero(at_index(RCX, R10, 0, 0));
+    let elsewhere = is_jump(asm);
     // The half of the address tells which context has to be that of now.
     asm.pext(RCX, R10, context(offset_of!(Context, sign_bits) + 8));
     let keys = offset_of!(Cpu, blocks) + offset_of!(BlockCache, keys);
@@ -303,6 +340,13 @@ pub(super) fn write_returns(asm: &mut Assembler, start: usize) -> Returns {
         asm.land_at(jump, WAY_OUT as isize - start as isize);
     }
     Returns { bottom, by_table }
+}
+
+/// The jump is taken when the entry of the table of jumps that R11 points to is not for the address in
+/// R10.
+fn is_jump(asm: &mut Assembler) -> Jump {
+    asm.load(RCX, at(R11, offset_of!(KnownJump, linear) as i32));
+    asm.unless_zero(at_index(RCX, R10, 0, 0))
 }
 
 /// R11 points to the entry of the table of jumps where that to the address in R10 would be.

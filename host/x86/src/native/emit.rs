@@ -76,6 +76,8 @@ pub(super) struct Assembler {
     /// Without it RCX becomes 0, and JRCXZ has to be taken, for which the host needs a place in its
     /// table of branches: too many of those are what translated code waits for most.
     loops: bool,
+    /// R10 has changed since somebody asked last.
+    r10_changed: bool,
 }
 
 /// A jump whose distance is not known yet: where its four bytes are.
@@ -86,6 +88,16 @@ impl Assembler {
     /// Has the host's quick way to look for something.
     pub(super) fn set_loops(&mut self, loops: bool) {
         self.loops = loops;
+    }
+
+    /// Something changes a register.
+    pub(super) fn changes(&mut self, reg: Reg) {
+        self.r10_changed |= reg == R10;
+    }
+
+    /// Has R10 changed since this was asked last?
+    pub(super) fn take_r10_changed(&mut self) -> bool {
+        std::mem::take(&mut self.r10_changed)
     }
 
     /// Begins anew; `apart`: from the start of the part that often runs to that of the other.
@@ -102,6 +114,11 @@ impl Assembler {
             std::mem::swap(&mut self.bytes, &mut self.other);
             self.part = part;
         }
+    }
+
+    /// The part that is written now.
+    pub(super) fn part(&self) -> Part {
+        self.part
     }
 
     /// Where the next instruction goes.
@@ -181,10 +198,12 @@ impl Assembler {
     }
 
     pub(super) fn load(&mut self, to: Reg, from: Mem) {
+        self.changes(to);
         self.legacy(true, 0x8b, to.0, from);
     }
 
     pub(super) fn load_32(&mut self, to: Reg, from: Mem) {
+        self.changes(to);
         self.legacy(false, 0x8b, to.0, from);
     }
 
@@ -213,20 +232,24 @@ impl Assembler {
     }
 
     pub(super) fn copy(&mut self, to: Reg, from: Reg) {
+        self.changes(to);
         let rex = 0x48 | (from.0 >> 3) << 2 | to.0 >> 3;
         self.raw(&[rex, 0x89, 0xc0 | (from.0 & 7) << 3 | to.0 & 7]);
     }
 
     pub(super) fn lea(&mut self, to: Reg, mem: Mem) {
+        self.changes(to);
         self.legacy(true, 0x8d, to.0, mem);
     }
 
     pub(super) fn lea_32(&mut self, to: Reg, mem: Mem) {
+        self.changes(to);
         self.legacy(false, 0x8d, to.0, mem);
     }
 
     /// LEA of `index << scale` and a displacement.
     pub(super) fn lea_scaled(&mut self, to: Reg, index: Reg, scale: u8, disp: i32) {
+        self.changes(to);
         let rex = 0x48 | (to.0 >> 3) << 2 | (index.0 >> 3) << 1;
         let sib = scale << 6 | (index.0 & 7) << 3 | 5;
         self.raw(&[rex, 0x8d, (to.0 & 7) << 3 | 4, sib]);
@@ -235,7 +258,14 @@ impl Assembler {
 
     /// Sign-extended to 64 bits.
     pub(super) fn set(&mut self, to: Reg, value: i32) {
+        self.changes(to);
         self.raw(&[0x48 | to.0 >> 3, 0xc7, 0xc0 | to.0 & 7]);
+        self.raw(&value.to_le_bytes());
+    }
+
+    pub(super) fn set_wide(&mut self, to: Reg, value: u64) {
+        self.changes(to);
+        self.raw(&[0x48 | to.0 >> 3, 0xb8 | to.0 & 7]);
         self.raw(&value.to_le_bytes());
     }
 
@@ -251,6 +281,7 @@ impl Assembler {
     }
 
     fn bits(&mut self, prefix: u8, to: Reg, from: Reg, mask: Mem) {
+        self.changes(to);
         let inverted = |reg: u8| u8::from(reg < 8);
         let index = mask.index.map_or(0, |(index, _)| index.0);
         let first = inverted(to.0) << 7 | inverted(index) << 6 | inverted(mask.base.0) << 5 | 2;
@@ -261,6 +292,7 @@ impl Assembler {
 
     /// SHRX: a linear address in a register becomes the number of its page. R15 ends with the count.
     pub(super) fn page_of(&mut self, reg: Reg) {
+        self.changes(reg);
         let inverted = |bit: u8| u8::from(reg.0 < 8) << bit;
         // VEX.LZ.F2.0F38.W1 F7 /r, with R15 as the count.
         let first = inverted(7) | 1 << 6 | inverted(5) | 2;
@@ -389,6 +421,7 @@ impl Assembler {
 
     /// From the host's stack.
     pub(super) fn pop(&mut self, to: Reg) {
+        self.changes(to);
         if to.0 >= 8 {
             self.bytes.push(0x41);
         }
@@ -397,6 +430,7 @@ impl Assembler {
 
     /// Changes no flag.
     pub(super) fn not(&mut self, reg: Reg) {
+        self.changes(reg);
         self.raw(&[0x48 | reg.0 >> 3, 0xf7, 0xd0 | reg.0 & 7]);
     }
 
@@ -530,6 +564,10 @@ mod tests {
             (text(|a| a.zero_uppers()), "vzeroupper"),
             (text(|a| a.lea_scaled(R10, R13, 2, 5)), "lea r10,[r13*4+5h]"),
             (text(|a| a.set(R10, -1)), "mov r10,0FFFFFFFFFFFFFFFFh"),
+            (
+                text(|a| a.set_wide(R11, 0x1234_5678_9abc)),
+                "mov r11,123456789ABCh",
+            ),
             (
                 text(|a| a.call_mem(at(R11, 16))),
                 "call qword ptr [r11+10h]",

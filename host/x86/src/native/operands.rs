@@ -153,7 +153,10 @@ impl Work<'_> {
     /// change.
     fn reach(&mut self, member: Member, instruction: usize) -> Able {
         let Some(lead) = member.lead else {
-            self.assembler.load(R10, shared(member.slot, 0));
+            if !self.keeps(member.slot) {
+                self.assembler.load(R10, shared(member.slot, 0));
+            }
+            self.keep(member.slot);
             return Ok(());
         };
         let index = match lead.key.index {
@@ -167,23 +170,42 @@ impl Work<'_> {
             }
             base => self.held(number(base)?, R10),
         };
-        let mem = match index {
-            Some(index) => at_index(base, index, lead.key.scale, lead.displacement),
-            None => at(base, lead.displacement),
+        let address = match index {
+            Some(index) => {
+                let mem = at_index(base, index, lead.key.scale, lead.displacement);
+                self.assembler.lea(R10, mem);
+                R10
+            }
+            None if lead.displacement == 0 => base,
+            None => {
+                self.assembler.lea(R10, at(base, lead.displacement));
+                R10
+            }
         };
-        self.assembler.lea(R10, mem);
-        let miss = self.look(R10, lead.bytes, lead.write);
+        let miss = self.look(address, lead.bytes, lead.write);
         self.goes_wrong.push((miss, instruction));
         if lead.write {
-            self.for_a_write(R10);
+            self.for_a_write(address);
             self.assembler.store(shared(member.slot, 1), R11);
         } else {
             let addend = self.entry(TlbEntries::ADDEND);
             self.assembler.load(R11, addend);
-            self.assembler.lea(R10, at_index(R10, R11, 0, 0));
+            self.assembler.lea(R10, at_index(address, R11, 0, 0));
         }
         self.assembler.store(shared(member.slot, 0), R10);
+        self.keep(member.slot);
         Ok(())
+    }
+
+    /// R10 is what this slot remembers.
+    fn keep(&mut self, slot: usize) {
+        self.assembler.take_r10_changed();
+        self.kept = Some(slot);
+    }
+
+    /// Is R10 still what this slot remembers?
+    fn keeps(&mut self, slot: usize) -> bool {
+        !self.assembler.take_r10_changed() && self.kept == Some(slot)
     }
 
     /// Makes an instruction's memory operand what the host has there: so many bytes, which it stores or

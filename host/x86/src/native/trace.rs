@@ -2,7 +2,7 @@
 //!
 //! Behind a branch to another block of the page, that block follows in the same code when it is where
 //! the branch leads mostly: nothing is looked at in between, and operands of both may share looks into
-//! the TLB. Each block may have code of its own besides, for whoever comes to it by another way.
+//! the TLB. Behind a call, the block follows to which is returned. Each block may have code of its own besides, for whoever comes to it by another way.
 //!
 //! A trace only leads on to higher addresses, as code that is entered without a look whether something
 //! is due does: so what goes round in circles comes by that look.
@@ -12,8 +12,10 @@ use std::collections::HashMap;
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction, OpKind};
 
 use super::Translator;
+use super::translate::Site;
 use crate::cpu::Cpu;
 use crate::decode::Block;
+use crate::mmu::PAGE_OFFSET;
 
 /// Blocks of a trace, at most.
 const MOST_BLOCKS: usize = 8;
@@ -66,7 +68,11 @@ impl Cpu {
     /// Translates a block, and those that are best translated with it. Where the code is, if it became
     /// any.
     pub(crate) fn translate_from(&mut self, block: &'static Block) -> Option<*const u8> {
-        let about = (self.config.baseline, self.mark.get(), self.rip >> 63 != 0);
+        let site = Site {
+            page: self.rip & !PAGE_OFFSET,
+            jumps: self.blocks.translated_at,
+        };
+        let about = (self.config.baseline, self.mark.get(), site);
         let mut trace = self.trace_from(block)?;
         loop {
             if let Some(code) = self.translator.translate(&trace, about) {
@@ -114,7 +120,15 @@ impl Cpu {
     fn follower(&self, block: &Block, last: &Instruction) -> Option<(u8, &'static Block)> {
         let jump = matches!(last.code(), Code::Jmp_rel8_64 | Code::Jmp_rel32_64);
         let conditional = last.is_jcc_short_or_near() && last.op0_kind() == OpKind::NearBranch64;
-        if block.second.is_some() || !(jump || conditional) {
+        if block.second.is_some() {
+            return None;
+        }
+        if matches!(last.code(), Code::Call_rel32_64 | Code::Call_rm64) {
+            // What is called returns to it, and has not been linked to yet.
+            let behind = u16::try_from(last.next_ip()).ok()?;
+            return Some((1, self.blocks.block_behind(block, behind)?));
+        }
+        if !(jump || conditional) {
             return None;
         }
         let runs = |next: &Block| match next.code.get().is_null() {

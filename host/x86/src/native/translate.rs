@@ -2,18 +2,18 @@
 
 use iced_x86::{
     FlowControl, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic as M, OpAccess,
-    Register,
+    OpKind, Register,
 };
 use std::mem::offset_of;
 
 use super::branches::Far;
-use super::emit::{Assembler, Jump, Mem, Part, R13, R14, R15, RCX, Reg, at};
+use super::emit::{Assembler, Jump, Mem, Part, R10, R13, R14, R15, RCX, Reg, at};
 use super::enter::{BIAS, CONTEXT};
 use super::plain::is_plain;
 use super::sharing::{self, Member};
 use super::stack::row;
 use super::trace::Segment;
-use super::{Context, Kind, Leaving, Translator, WAY_OUT, slot_at};
+use super::{Context, Kind, KnownJump, Leaving, Translator, WAY_OUT, slot_at};
 use crate::cpu::Cpu;
 use crate::cpuid::Baseline;
 use crate::decode::{Block, Mode, is_offered};
@@ -71,6 +71,22 @@ pub(super) enum StubKind {
     Step(usize),
 }
 
+/// Where code runs.
+#[derive(Clone, Copy)]
+pub(super) struct Site {
+    /// The linear page, when it was translated. It may run at others that show the same.
+    pub(super) page: u64,
+    /// The table of jumps.
+    pub(super) jumps: *const KnownJump,
+}
+
+impl Site {
+    /// Code that this may lead to has its context in the upper half.
+    pub(super) fn is_upper(&self) -> bool {
+        self.page >> 63 != 0
+    }
+}
+
 /// An instruction.
 #[derive(Clone, Copy)]
 struct Place<'a> {
@@ -98,13 +114,15 @@ pub(super) struct Work<'a> {
     pub(super) first_leaving: usize,
     /// From the beginning of this block's code to that which returns by the table.
     pub(super) by_table: isize,
-    /// Where code that this block's may lead to has its context: that of the lower or upper half.
-    pub(super) upper: bool,
+    /// Where the code runs, and what it finds there.
+    pub(super) site: Site,
     /// Whether SSE instructions run was looked at before.
     pub(super) sse_checked: bool,
     places: Vec<Place<'a>>,
     /// Instructions whose operands share looks into the TLB, in the copy of the block that has these.
     sharing: Vec<Option<Member>>,
+    /// The slot of what R10 was made to point to last.
+    pub(super) kept: Option<usize>,
     /// Where that copy goes on in the other, with the instruction of this number.
     pub(super) goes_wrong: Vec<(Jump, usize)>,
     pub(super) stubs: Vec<Stub<'a>>,
@@ -230,6 +248,13 @@ impl Work<'_> {
     /// Encodes an instruction of the host.
     pub(super) fn encode(&mut self, i: &Instruction) -> Able {
         self.encoder.encode(i, 0).map_err(|_no_encoding| Unable)?;
+        let mut operands = i.op_kinds().zip(0..);
+        let r10 = operands.any(|(kind, n)| {
+            kind == OpKind::Register && i.op_register(n).full_register() == Register::R10
+        });
+        if r10 {
+            self.assembler.changes(R10);
+        }
         let bytes = self.encoder.take_buffer();
         self.assembler.raw(&bytes);
         let mut bytes = bytes;
@@ -380,6 +405,7 @@ impl Work<'_> {
 
     /// Takes back what was made since.
     fn back_to(&mut self, state: State) {
+        self.kept = None;
         self.assembler.cut(state.code);
         self.stubs.truncate(state.stubs);
         self.far.truncate(state.far);
@@ -441,12 +467,12 @@ pub(crate) fn is_known(i: &Instruction) -> bool {
 }
 
 impl Translator {
-    /// Translates blocks of 64-bit code that follow each other; `upper`: they run in the upper half.
-    /// Where the code of the first is, if it became any.
+    /// Translates blocks of 64-bit code that follow each other. Where the code of the first is, if it
+    /// became any.
     pub(super) fn translate(
         &mut self,
         trace: &[Segment<'_>],
-        (baseline, mark, upper): (&'static Baseline, u8, bool),
+        (baseline, mark, site): (&'static Baseline, u8, Site),
     ) -> Option<*const u8> {
         let memory = self.memory.as_mut()?;
         if memory.room() < 2 * MOST {
@@ -471,10 +497,11 @@ impl Translator {
             entries: (offset_of!(Cpu, tlb) + Tlb::distance(privilege)) as i32 - BIAS as i32,
             first_leaving: self.leavings.len(),
             by_table: self.by_table as isize - start as isize,
-            upper,
+            site,
             sse_checked: false,
             places: Vec::new(),
             sharing: Vec::new(),
+            kept: None,
             goes_wrong: Vec::new(),
             stubs: Vec::new(),
             far: Vec::new(),
