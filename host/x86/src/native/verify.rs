@@ -102,6 +102,7 @@ impl Cpu {
         for _ in 0..TRIES {
             let interpreted = self.interpret(block);
             self.set_seen(&before);
+            self.set_current(block);
             let done = std::mem::replace(&mut self.instructions, counted);
             let Interpreted {
                 seen: mut expected,
@@ -159,6 +160,7 @@ impl Cpu {
         let report = first.unwrap_or_default();
         tracing::error!("the interpreter and translated code differ:\n{report}");
         self.translator.difference = Some(report);
+        self.set_current(block);
         // The interpreter is right until shown otherwise.
         self.budget = 0;
         None

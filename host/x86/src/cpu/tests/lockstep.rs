@@ -1,6 +1,7 @@
 //! What lockstep notices.
 
 use super::*;
+use crate::state::gpr;
 use iced_x86::code_asm::*;
 
 /// Runs a loop in lockstep, spoils its translation, and says what is found then.
@@ -64,4 +65,45 @@ fn lockstep_sees_a_page_that_is_not_marked() {
         let report = spoiled(&mark, &[0x0f, 0x1f, 0x40, 0]).unwrap();
         assert!(report.contains("not marked dirty"), "{report}");
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn what_lockstep_cannot_do_in_the_middle_of_a_trace_is_done_by_the_right_block() {
+    // The local APIC's registers where the tables reach.
+    const APIC: u64 = 0x1000_0000;
+    if !module_path!().contains("translated") {
+        return;
+    }
+    let mut machine = Machine::assembled(|a| {
+        let (mut again, mut done) = (a.create_label(), a.create_label());
+        a.mov(ecx, 0x1b).unwrap();
+        a.mov(eax, APIC as u32 | 0x900).unwrap();
+        a.xor(edx, edx).unwrap();
+        a.wrmsr().unwrap();
+        a.mov(rbx, DATA).unwrap();
+        a.mov(ecx, 60).unwrap();
+        a.xor(r8d, r8d).unwrap();
+        a.set_label(&mut again).unwrap();
+        a.inc(edx).unwrap();
+        a.test(ecx, ecx).unwrap();
+        a.je(done).unwrap();
+        // Memory at first, and a device later.
+        a.mov(eax, dword_ptr(rbx)).unwrap();
+        a.dec(ecx).unwrap();
+        a.cmp(ecx, 20).unwrap();
+        a.jne(again).unwrap();
+        a.mov(rbx, APIC + 0x20).unwrap();
+        a.inc(r8d).unwrap();
+        a.jmp(again).unwrap();
+        a.set_label(&mut done).unwrap();
+        a.hlt().unwrap();
+    });
+    machine.cpu.translator.verifies = true;
+    // So that it is known by then what follows what.
+    machine.cpu.translator.after = 3;
+    let state = machine.halt();
+    assert_eq!(machine.cpu.difference(), None);
+    assert!(machine.cpu.verified() > 30, "{}", machine.cpu.verified());
+    assert_eq!([state.gpr[gpr::RDX], state.gpr[8]], [61, 1]);
 }

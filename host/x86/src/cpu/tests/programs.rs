@@ -278,8 +278,18 @@ fn random_programs_come_to_the_same_end() {
             continue;
         };
         compared += 1;
-        for (after, elsewhere) in [(1, false), (3, false), (2, true)] {
-            let after = Translation::After(NonZeroU32::new(after).unwrap());
+        for (after, elsewhere, verified) in [
+            (1, false, false),
+            (3, false, false),
+            (2, true, false),
+            (2, false, true),
+        ] {
+            let after = NonZeroU32::new(after).unwrap();
+            let after = if verified {
+                Translation::Verified(after)
+            } else {
+                Translation::After(after)
+            };
             let mut translated = machine(seed, after);
             if elsewhere {
                 translated.cpu.translator.look_as_elsewhere();
