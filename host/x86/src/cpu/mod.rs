@@ -18,6 +18,9 @@ mod run;
 #[cfg(test)]
 #[path = "tests/mod.rs"]
 mod translated;
+#[cfg(test)]
+#[path = "tests/mod.rs"]
+mod translated_in_traces;
 
 use std::num::NonZeroU8;
 use std::sync::Arc;

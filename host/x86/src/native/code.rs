@@ -112,7 +112,8 @@ impl CodeMemory {
         for mapping in [self.writable, self.executable] {
             // SAFETY: the range is whole pages of a mapping of this value's own. What it holds does not
             // change, and neither does what it is mapped for.
-            let _kept = unsafe { libc::madvise(mapping.as_ptr().add(start).cast(), HUGE, COLLAPSE) };
+            let _kept =
+                unsafe { libc::madvise(mapping.as_ptr().add(start).cast(), HUGE, COLLAPSE) };
         }
     }
 

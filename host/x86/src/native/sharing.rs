@@ -8,8 +8,8 @@
 //! itself: so what a leader noted never outlives a stay in translated code.
 
 use iced_x86::{
-    Code, FlowControl, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic as M, OpKind,
-    Register,
+    Code, FlowControl, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic as M,
+    OpKind, Register,
 };
 
 use super::plain::is_plain;
@@ -121,7 +121,10 @@ pub(super) fn find(
         }
         moved += adjusted.unwrap_or(0);
         let last = &row[row.len() - 1];
-        if matches!(last.flow_control(), FlowControl::Call | FlowControl::IndirectCall) {
+        if matches!(
+            last.flow_control(),
+            FlowControl::Call | FlowControl::IndirectCall
+        ) {
             // Whatever was called has looked for things of its own, and changed any register.
             done.append(&mut open);
         }

@@ -1,8 +1,8 @@
 //! From a block's instructions to the host's.
 
 use iced_x86::{
-    FlowControl, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic as M, OpAccess,
-    OpKind, Register,
+    FlowControl, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic as M,
+    OpAccess, OpKind, Register,
 };
 use std::mem::offset_of;
 

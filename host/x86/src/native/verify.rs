@@ -245,11 +245,7 @@ impl Cpu {
     }
 
     /// Blocks, and the states before them, after them as interpreted, and after them as translated.
-    fn describe(
-        &self,
-        blocks: &[&Block],
-        [before, interpreted, translated]: [&Seen; 3],
-    ) -> String {
+    fn describe(&self, blocks: &[&Block], [before, interpreted, translated]: [&Seen; 3]) -> String {
         let mut text = String::new();
         let mut formatter = FastFormatter::new();
         for i in self.instructions_of(blocks) {
