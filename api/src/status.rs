@@ -95,7 +95,8 @@ pub struct ExitCounts {
     pub kicks: u64,
     /// Ends of level-triggered interrupts.
     pub end_of_interrupts: u64,
-    /// Instructions, where the engine counts them.
+    /// Instructions that were interpreted, where the engine does so. Those of translated code are not
+    /// counted.
     pub instructions: u64,
 }
 
@@ -107,7 +108,7 @@ pub struct ExitReport {
     pub cpus: Vec<ExitCounts>,
     /// Length of the look, in milliseconds.
     pub interval_ms: u64,
-    /// Instructions a second over the look, all processors.
+    /// Interpreted instructions a second over the look, all processors.
     pub instructions_per_second: f64,
     /// Exits a second over the look, all processors.
     pub exits_per_second: f64,

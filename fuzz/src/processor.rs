@@ -81,8 +81,8 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// A processor in `mode` about to execute `code`.
-    pub fn new(mode: Mode, code: &[u8]) -> Self {
+    /// A processor in `mode` about to execute `code`, which translates what has run so often.
+    pub fn new(mode: Mode, runs: NonZeroU32, code: &[u8]) -> Self {
         let ram = Arc::new(Ram {
             words: (0..RAM / 8).map(|_| AtomicU64::new(0)).collect(),
             marks: (0..RAM / 4096).map(|_| AtomicU8::new(0)).collect(),
@@ -95,7 +95,7 @@ impl Machine {
             clock: Arc::new(GuestClock::new(2_000_000)),
             code: Arc::new(CodeMap::new()),
             mark: std::num::NonZeroU8::MIN,
-            translation: Translation::Verified(NonZeroU32::MIN),
+            translation: Translation::Verified(runs),
         };
         let memory = Arc::clone(&ram) as Arc<dyn PhysicalMemory>;
         let cpu = Cpu::new(config, memory, Arc::clone(&mailbox), Arc::new(Alone));

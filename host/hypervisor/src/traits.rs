@@ -147,7 +147,7 @@ pub struct VcpuExitCounts {
     pub halts: u64,
     /// Times that it was kicked.
     pub kicks: u64,
-    /// Instructions executed, where the engine counts them.
+    /// Instructions that were interpreted, where the engine does so.
     pub instructions: u64,
 }
 

@@ -150,10 +150,10 @@ fn describe_exits(report: &ExitReport) -> String {
             "ends of interrupt".into(),
             sum(|exits| exits.end_of_interrupts),
         ],
-        vec!["instructions".into(), sum(|exits| exits.instructions)],
+        vec!["interpreted".into(), sum(|exits| exits.instructions)],
         vec!["exits/s".into(), format!("{:.0}", report.exits_per_second)],
         vec![
-            "instructions/s".into(),
+            "interpreted/s".into(),
             format!("{:.0}", report.instructions_per_second),
         ],
     ];

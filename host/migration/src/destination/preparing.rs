@@ -37,6 +37,10 @@ const POPULATE_WRITE: libc::c_int = 23;
 const COLLAPSE: libc::c_int = 25;
 /// Pages of a huge page.
 const HUGE: u64 = HUGE_PAGE_SIZE / PAGE_SIZE;
+/// Huge pages that are asked for at once. The kernel has all processors give back what they put aside of
+/// its lists of pages, once for each call, and waits for them: on a busy host that takes as long as a huge
+/// page.
+const GROUP: u64 = 8;
 /// A huge page that took more of the processor's time had to be made room for.
 const SLOW_SECONDS: f64 = 0.010;
 /// Huge pages that are not asked for after the host had none at hand.
@@ -106,7 +110,15 @@ impl Work {
     fn run(&self, inbox: &Receiver<Vec<Run>>) {
         while !self.stop.is_cancelled() {
             match inbox.recv_timeout(SLICE) {
-                Ok(runs) => self.prepare(&runs),
+                Ok(mut runs) => {
+                    // All that is known, so that it can be done at once.
+                    for more in inbox.try_iter().take(WAITING) {
+                        for run in more {
+                            append(&mut runs, run);
+                        }
+                    }
+                    self.prepare(&runs);
+                }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
@@ -122,46 +134,68 @@ impl Work {
                 if self.stop.is_cancelled() || self.vain.load(Relaxed) {
                     return;
                 }
-                let border = (at + 1).next_multiple_of(HUGE);
-                let whole = border - at == HUGE && border <= end;
-                let count = STEP.min(end.min(border) - at);
-                at = if whole && self.prepare_huge(at) {
-                    border
+                let whole = if at.is_multiple_of(HUGE) {
+                    (end - at) / HUGE
                 } else {
+                    0
+                };
+                let huge = self.prepare_huge(at, whole.min(GROUP));
+                if huge == 0 {
+                    let border = (at + 1).next_multiple_of(HUGE);
+                    let count = STEP.min(end.min(border) - at);
                     let able = populate(&self.memory, at, count);
                     self.vain.fetch_or(!able, Relaxed);
-                    at + count
-                };
+                    at += count;
+                }
+                at += huge * HUGE;
             }
         }
     }
 
-    /// Prepares a huge page, if it may be tried; false when it is not there afterwards.
-    fn prepare_huge(&self, first: u64) -> bool {
+    /// Prepares huge pages, `most` at most, if it may be tried; how many are there afterwards.
+    fn prepare_huge(&self, first: u64, most: u64) -> u64 {
         let rested = |rest: u32| rest.checked_sub(1);
-        if self.rest.fetch_update(Relaxed, Relaxed, rested).is_ok() {
-            return false;
+        if most == 0 || self.rest.fetch_update(Relaxed, Relaxed, rested).is_ok() {
+            return 0;
         }
         // Where lanes are at work already, what they brought would have to be copied.
-        if !matches!(self.memory.resident_run(PageIndex(first), 1), Ok(0)) {
-            return false;
+        let absent = |huge: &u64| {
+            let page = PageIndex(first + huge * HUGE);
+            matches!(self.memory.resident_run(page, 1), Ok(0))
+        };
+        let count = (0..most).take_while(absent).count() as u64;
+        if count == 0 {
+            return 0;
         }
         let start = pages::thread_cpu_seconds();
-        let made = make_huge(&self.memory, first);
-        if !made || pages::thread_cpu_seconds() - start > SLOW_SECONDS {
+        let made = make_huge(&self.memory, first, count);
+        if !made || pages::thread_cpu_seconds() - start > SLOW_SECONDS * count as f64 {
             self.rest.store(REST, Relaxed);
         }
-        made
+        if made { count } else { 0 }
     }
 }
 
-/// Prepares a huge page; false when the kernel does not.
-fn make_huge(memory: &Memory, first: u64) -> bool {
+/// Adds a run to others, the last of which it may go on.
+fn append(runs: &mut Vec<Run>, run: Run) {
+    if let Some(last) = runs.last_mut()
+        && last.first.0 + u64::from(last.count) == run.first.0
+        && let Some(count) = last.count.checked_add(run.count)
+    {
+        last.count = count;
+        return;
+    }
+    runs.push(run);
+}
+
+/// Prepares huge pages that follow each other; false when the kernel does not give all of them.
+fn make_huge(memory: &Memory, first: u64, count: u64) -> bool {
     let aligned = memory
         .host_page(PageIndex(first))
         .is_some_and(|start| start.addr().get().is_multiple_of(HUGE_PAGE_SIZE as usize));
     // The kernel has nothing to collapse where no page is at all.
-    aligned && populate(memory, first, 1) && advise(memory, first, HUGE, COLLAPSE)
+    let mut begun = (0..count).map(|huge| populate(memory, first + huge * HUGE, 1));
+    aligned && begun.all(|able| able) && advise(memory, first, count * HUGE, COLLAPSE)
 }
 
 /// Prepares pages; false when the kernel does not.
@@ -228,17 +262,34 @@ mod tests {
     }
 
     #[test]
+    fn announcements_that_go_on_become_one() {
+        let run = |first, count| Run {
+            first: PageIndex(first),
+            count,
+        };
+        let mut runs = vec![run(0, 1024)];
+        for more in [run(1024, 1024), run(2048, 5), run(2054, 1), run(2055, u32::MAX)] {
+            append(&mut runs, more);
+        }
+        let runs: Vec<_> = runs.iter().map(|run| (run.first.0, run.count)).collect();
+        assert_eq!(runs, [(0, 2053), (2054, 1), (2055, u32::MAX)]);
+    }
+
+    #[test]
     fn huge_pages_are_not_asked_for_right_after_the_host_had_none() {
         let memory = Memory::new(80 << 20).unwrap();
-        if !make_huge(&memory, 0) {
+        if !make_huge(&memory, 0, 1) {
             println!("SKIP: this kernel makes no huge pages on demand");
             return;
         }
         let work = work(&memory);
         work.rest.store(2, Relaxed);
-        let made = (1..=4).map(|huge| work.prepare_huge(huge * HUGE));
-        assert_eq!(made.collect::<Vec<_>>(), [false, false, true, true]);
-        assert!(!work.prepare_huge(4 * HUGE), "pages are there already");
+        let made = (1..=4).map(|huge| work.prepare_huge(huge * HUGE, 1));
+        assert_eq!(made.collect::<Vec<_>>(), [0, 0, 1, 1]);
+        assert_eq!(work.prepare_huge(4 * HUGE, 1), 0, "pages are there already");
+        // Those before the first that is there.
+        assert!(populate(&memory, 12 * HUGE + 3, 1) && populate(&memory, 13 * HUGE, 1));
+        assert_eq!(work.prepare_huge(9 * HUGE, 8), 4);
     }
 
     #[test]
@@ -259,7 +310,7 @@ mod tests {
     #[test]
     fn where_all_pages_of_a_huge_page_come_there_is_one() {
         let memory = Memory::new(16 << 20).unwrap();
-        if !make_huge(&memory, 7 * HUGE) {
+        if !make_huge(&memory, 7 * HUGE, 1) {
             println!("SKIP: this kernel makes no huge pages on demand");
             return;
         }
@@ -288,7 +339,7 @@ mod tests {
     #[test]
     fn pages_of_a_huge_page_become_holes_one_by_one() {
         let memory = Memory::new(16 << 20).unwrap();
-        if !make_huge(&memory, HUGE) {
+        if !make_huge(&memory, HUGE, 1) {
             println!("SKIP: this kernel makes no huge pages on demand");
             return;
         }
