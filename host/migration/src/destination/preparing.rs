@@ -268,7 +268,12 @@ mod tests {
             count,
         };
         let mut runs = vec![run(0, 1024)];
-        for more in [run(1024, 1024), run(2048, 5), run(2054, 1), run(2055, u32::MAX)] {
+        for more in [
+            run(1024, 1024),
+            run(2048, 5),
+            run(2054, 1),
+            run(2055, u32::MAX),
+        ] {
             append(&mut runs, more);
         }
         let runs: Vec<_> = runs.iter().map(|run| (run.first.0, run.count)).collect();

@@ -99,8 +99,9 @@ impl Cpu {
         let before = self.seen();
         let (budget, counted) = (self.budget, self.instructions);
         let mut first = None;
+        let mut most = usize::MAX;
         for _ in 0..TRIES {
-            let interpreted = self.interpret(block);
+            let interpreted = self.interpret(block, most);
             self.set_seen(&before);
             self.set_current(block);
             let done = std::mem::replace(&mut self.instructions, counted);
@@ -150,7 +151,15 @@ impl Cpu {
                 }
                 text
             };
-            first.get_or_insert_with(report);
+            // A trace may end early, where the interpreter did its branch: then no more is compared.
+            let last = self.current_block();
+            let ended = blocks.iter().position(|&block| std::ptr::eq(block, last));
+            match ended.filter(|ended| ended + 1 < blocks.len()) {
+                Some(ended) => most = ended + 1,
+                None => {
+                    first.get_or_insert_with(report);
+                }
+            }
             for (store, _) in stores.iter().rev() {
                 put(store.at, store.byte);
             }
@@ -166,15 +175,15 @@ impl Cpu {
         None
     }
 
-    /// Interprets the trace that begins with a block, as far as it is followed, and takes back what it
-    /// did. `None`: the block has to be done by itself.
-    fn interpret(&mut self, block: &'static Block) -> Option<Interpreted> {
+    /// Interprets the trace that begins with a block, as far as it is followed, but no more than `most`
+    /// blocks, and takes back what it did. `None`: the block has to be done by itself.
+    fn interpret(&mut self, block: &'static Block, most: usize) -> Option<Interpreted> {
         let trace = self.translator.trace_of(block);
         let mut blocks = vec![block];
         self.tlb.set_trying(true);
         self.journal = Some(Vec::new());
         let mut exit = self.interpret_block(block);
-        for (link, block) in trace {
+        for (link, block) in trace.into_iter().take(most - 1) {
             let followed = match exit {
                 Exit::Taken => link == 0,
                 Exit::FallThrough => link == 1,

@@ -168,3 +168,28 @@ fn a_fault_in_a_later_block_of_a_trace_is_told_with_its_place() {
     });
     assert_eq!(state.cr2, 1 << 40);
 }
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn a_branch_that_the_interpreter_does_with_its_comparison_ends_a_trace() {
+    let state = alike(|a| {
+        let (mut again, mut past, mut done) =
+            (a.create_label(), a.create_label(), a.create_label());
+        a.mov(rbx, DATA).unwrap();
+        a.mov(ecx, 0x1fff).unwrap();
+        a.set_label(&mut again).unwrap();
+        a.sub(ecx, 0x80).unwrap();
+        a.js(done).unwrap();
+        // Not translated: CH is no register of the host that holds the guest's.
+        a.test(ch, 4).unwrap();
+        a.je(past).unwrap();
+        a.add(ptr(rbx), rcx).unwrap();
+        a.set_label(&mut past).unwrap();
+        a.and(ecx, 0xfff_f7ff).unwrap();
+        a.inc(edx).unwrap();
+        a.jmp(again).unwrap();
+        a.set_label(&mut done).unwrap();
+        a.hlt().unwrap();
+    });
+    assert!(state.gpr[gpr::RDX] > 10);
+}
