@@ -2,7 +2,8 @@
 //!
 //! Behind a branch to another block of the page, that block follows in the same code when it is where
 //! the branch leads mostly: nothing is looked at in between, and operands of both may share looks into
-//! the TLB. Behind a call, the block follows to which is returned. Each block may have code of its own besides, for whoever comes to it by another way.
+//! the TLB. Behind a call, the block follows to which is returned. Each block may have code of its own
+//! besides, for whoever comes to it by another way.
 //!
 //! A trace only leads on to higher addresses, as code that is entered without a look whether something
 //! is due does: so what goes round in circles comes by that look.
