@@ -157,7 +157,14 @@ fn the_loop_that_computes_has_most_samples_and_all_kinds_add_up() {
     assert!(shown <= busy && shown + count(&samples["elsewhere"]) >= busy);
     let serial = &profile["cpus"][0]["devices"][0];
     assert_eq!(serial["device"], "serial", "{profile}");
-    assert_eq!(serial["writes"], profile["cpus"][0]["exits"]["port_writes"]);
+    // The processor counts its exit before the device counts what comes of it, and both are asked while
+    // the guest runs: one may be on its way at either end.
+    let [by_device, by_exits] = [
+        count(&serial["writes"]),
+        count(&profile["cpus"][0]["exits"]["port_writes"]),
+    ];
+    assert!(by_device.abs_diff(by_exits) <= 1, "{profile}");
+    assert!(by_device > 20, "{serial}");
     assert!(fs::read_to_string(&svg).unwrap().contains("compute"));
 }
 
