@@ -60,11 +60,18 @@ fn computes() -> Vec<u8> {
     ]);
     code.resize(HOT as usize, 0x90);
     code.extend([
-        0xb9, 0, 0, 0x80, 0, // mov ecx, 0x800000
-        0x01, 0xc8, // add eax, ecx
-        0x31, 0xc3, // xor ebx, eax
+        0xb9, 0, 0, 0x10, 0, // mov ecx, 0x100000
+    ]);
+    // As much as the processor's own looks between blocks do not show beside, in any build.
+    for _ in 0..16 {
+        code.extend([
+            0x01, 0xc8, // add eax, ecx
+            0x31, 0xc3, // xor ebx, eax
+        ]);
+    }
+    code.extend([
         0xff, 0xc9, // dec ecx
-        0x75, 0xf8, // jnz to the addition
+        0x75, 0xbc, // jnz to the first addition
         0xc3, // ret
     ]);
     code
