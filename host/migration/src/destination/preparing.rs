@@ -41,7 +41,7 @@ const HUGE: u64 = HUGE_PAGE_SIZE / PAGE_SIZE;
 /// its lists of pages, once for each call, and waits for them: on a busy host that takes as long as a huge
 /// page.
 const GROUP: u64 = 8;
-/// A huge page that took more of the processor's time had to be made room for.
+/// [`Work::slow_seconds`] of every session.
 const SLOW_SECONDS: f64 = 0.010;
 /// Huge pages that are not asked for after the host had none at hand.
 const REST: u32 = 16;
@@ -57,6 +57,8 @@ struct Work {
     stop: CancelToken,
     /// Huge pages that are not asked for next.
     rest: AtomicU32,
+    /// A huge page for which the processor took longer had to be made room for.
+    slow_seconds: f64,
     /// The kernel does not populate, or has no memory: the lanes will find out. Or it shall not.
     vain: AtomicBool,
     /// Held while the kernel prepares.
@@ -70,6 +72,7 @@ impl Preparer {
             memory,
             stop,
             rest: AtomicU32::new(0),
+            slow_seconds: SLOW_SECONDS,
             vain: AtomicBool::new(false),
             at_work: Mutex::new(()),
         });
@@ -158,18 +161,22 @@ impl Work {
         if most == 0 || self.rest.fetch_update(Relaxed, Relaxed, rested).is_ok() {
             return 0;
         }
-        // Where lanes are at work already, what they brought would have to be copied.
-        let absent = |huge: &u64| {
+        let start = self.memory.host_page(PageIndex(first));
+        // Where lanes are at work already, what they brought would have to be copied. And RAM above the
+        // hole in the address space lies elsewhere.
+        let wanted = |huge: &u64| {
             let page = PageIndex(first + huge * HUGE);
-            matches!(self.memory.resident_run(page, 1), Ok(0))
+            let place = self.memory.host_page(page).map(|place| place.addr().get());
+            let follows = start.map(|start| start.addr().get() + (huge * HUGE_PAGE_SIZE) as usize);
+            place == follows && matches!(self.memory.resident_run(page, 1), Ok(0))
         };
-        let count = (0..most).take_while(absent).count() as u64;
+        let count = (0..most).take_while(wanted).count() as u64;
         if count == 0 {
             return 0;
         }
-        let start = pages::thread_cpu_seconds();
+        let begun = pages::thread_cpu_seconds();
         let made = make_huge(&self.memory, first, count);
-        if !made || pages::thread_cpu_seconds() - start > SLOW_SECONDS * count as f64 {
+        if !made || pages::thread_cpu_seconds() - begun > self.slow_seconds * count as f64 {
             self.rest.store(REST, Relaxed);
         }
         if made { count } else { 0 }
@@ -233,6 +240,8 @@ mod tests {
             memory: memory.clone(),
             stop: CancelToken::new(),
             rest: AtomicU32::new(0),
+            // However busy the machine is.
+            slow_seconds: f64::INFINITY,
             vain: AtomicBool::new(false),
             at_work: Mutex::new(()),
         }
@@ -295,6 +304,26 @@ mod tests {
         // Those before the first that is there.
         assert!(populate(&memory, 12 * HUGE + 3, 1) && populate(&memory, 13 * HUGE, 1));
         assert_eq!(work.prepare_huge(9 * HUGE, 8), 4);
+    }
+
+    #[test]
+    fn huge_pages_are_not_asked_for_across_the_hole_in_the_address_space() {
+        let below = dunlin_guest::layout::LOW_RAM_END / PAGE_SIZE;
+        let memory = Memory::new(dunlin_guest::layout::LOW_RAM_END + (32 << 20)).unwrap();
+        if !make_huge(&memory, 0, 1) {
+            println!("SKIP: this kernel makes no huge pages on demand");
+            return;
+        }
+        assert_eq!(work(&memory).prepare_huge(below - 2 * HUGE, 8), 2);
+        let first = PageIndex(below - 2 * HUGE);
+        assert_eq!(memory.resident_run(first, 8 * HUGE).unwrap(), 2 * HUGE);
+        let run = Run {
+            first,
+            count: 8 * HUGE as u32,
+        };
+        work(&memory).prepare(&[run]);
+        let above = memory.resident_run(PageIndex(below), 8 * HUGE).unwrap();
+        assert_eq!(above, 6 * HUGE);
     }
 
     #[test]

@@ -300,8 +300,7 @@ impl Cpu {
         false
     }
 
-    /// Instructions that were interpreted: translated code does not count its own, since that would
-    /// cost it a tenth of its speed.
+    /// Instructions that were interpreted: translated code does not count its own.
     pub fn instructions(&self) -> u64 {
         self.instructions
     }

@@ -31,10 +31,6 @@ pub(crate) struct Block {
     /// Its translation, if it has one.
     pub(crate) code: Cell<*const u8>,
     /// Translated code of other blocks goes on with it.
-    #[cfg_attr(
-        not(target_arch = "x86_64"),
-        expect(dead_code, reason = "for the translator")
-    )]
     pub(crate) woven: Cell<bool>,
     /// How often it was interpreted.
     #[cfg_attr(

@@ -386,8 +386,8 @@ impl Translator {
     }
 }
 
-/// Is LOOP one operation of the host, as on AMD's processors since Bulldozer? On Intel's it is seven and
-/// more.
+/// Is LOOP one operation of the host? It is on AMD's processors; on Intel's, published tables say, it is
+/// seven and more.
 fn loop_is_quick() -> bool {
     let vendor = std::arch::x86_64::__cpuid(0);
     let name = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes);
