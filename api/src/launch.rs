@@ -68,6 +68,10 @@ pub enum GuestOrigin {
         /// Silence after which the source counts as lost, in milliseconds.
         #[serde(default)]
         peer_timeout_ms: Option<u64>,
+        /// Time for a new connection after that of a guest whose memory follows it broke, in
+        /// milliseconds.
+        #[serde(default)]
+        reconnect_window_ms: Option<u64>,
         /// What protects the connections.
         #[serde(default)]
         security: Security,

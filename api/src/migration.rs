@@ -106,6 +106,10 @@ pub struct MigrateRequest {
     /// Silence of the other side after which it counts as lost, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peer_timeout_ms: Option<u64>,
+    /// Time for a new connection after that of a guest whose memory follows it broke, in
+    /// milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reconnect_window_ms: Option<u64>,
     /// What protects the connections.
     #[serde(default, skip_serializing_if = "Security::is_automatic")]
     pub security: Security,

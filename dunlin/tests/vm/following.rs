@@ -44,7 +44,7 @@ fn a_guest_goes_first_and_its_memory_follows() {
 }
 
 /// Starts a move that takes some seconds.
-fn slowly(source: &Bed, to: &str) -> JoinHandle<std::process::Output> {
+fn slowly(source: &Bed, to: &str, more: &[&str]) -> JoinHandle<std::process::Output> {
     let arguments = ["migrate", "a", "--to", to, "--mode", "post"];
     let mut command = source.command(&arguments);
     command.args([
@@ -56,6 +56,7 @@ fn slowly(source: &Bed, to: &str) -> JoinHandle<std::process::Output> {
         "5s",
         "--json",
     ]);
+    command.args(more);
     std::thread::spawn(move || command.output().unwrap())
 }
 
@@ -102,7 +103,7 @@ fn while_memory_arrives_the_guest_pauses_and_goes_on_but_does_not_move_on() {
     source.run("a", &guest::laps(), &[]);
     source.console("a").at_least(100);
     let to = destination.receive(&["--once"]);
-    let moving = slowly(&source, &to);
+    let moving = slowly(&source, &to, &[]);
     if arrives_without_all_pages(&destination, &moving) {
         refused_while_it_arrives(&destination, &["migrate", "a", "--to", "tcp://127.0.0.1:1"]);
         let file = destination.folder().join("saved");
@@ -125,7 +126,7 @@ fn a_guest_that_is_stopped_while_its_memory_arrives_is_given_up_at_its_source() 
     let (source, mut destination) = (Bed::new(), Bed::new());
     source.run("a", &guest::laps(), &[]);
     let to = destination.receive(&["--once"]);
-    let moving = slowly(&source, &to);
+    let moving = slowly(&source, &to, &[]);
     let early = arrives_without_all_pages(&destination, &moving);
     destination.json(&["stop", "a"]);
     let report = report(moving);
@@ -147,6 +148,8 @@ struct Fuse {
     /// Bytes until it blows.
     left: AtomicI64,
     blown: AtomicBool,
+    /// Nobody is let through after that.
+    for_good: AtomicBool,
 }
 
 impl Breaker {
@@ -157,6 +160,7 @@ impl Breaker {
         let fuse = Arc::new(Fuse {
             left: AtomicI64::new(i64::MAX),
             blown: AtomicBool::new(false),
+            for_good: AtomicBool::new(false),
         });
         let shared = Arc::clone(&fuse);
         std::thread::spawn(move || {
@@ -164,8 +168,12 @@ impl Breaker {
                 let (Ok(near), Ok(far)) = (stream, TcpStream::connect(&to)) else {
                     continue;
                 };
-                // Whoever comes after the break is let through.
-                let fuse = (!shared.blown.load(Ordering::SeqCst)).then(|| Arc::clone(&shared));
+                // Whoever comes after the break is let through, unless it is for good.
+                let blown = shared.blown.load(Ordering::SeqCst);
+                if blown && shared.for_good.load(Ordering::SeqCst) {
+                    continue;
+                }
+                let fuse = (!blown).then(|| Arc::clone(&shared));
                 for (from, into) in [(&near, &far), (&far, &near)] {
                     let (from, into) = (from.try_clone().unwrap(), into.try_clone().unwrap());
                     let fuse = fuse.clone();
@@ -209,7 +217,7 @@ fn a_guest_gets_the_rest_of_its_memory_over_new_connections() {
     before.at_least(100);
     let to = destination.receive(&["--once"]);
     let breaker = Breaker::new(&to);
-    let moving = slowly(&source, &breaker.address);
+    let moving = slowly(&source, &breaker.address, &[]);
     let early = arrives_without_all_pages(&destination, &moving);
     breaker.arm(300 << 10);
     let report = report(moving);
@@ -220,4 +228,29 @@ fn a_guest_gets_the_rest_of_its_memory_over_new_connections() {
         assert!(counts["recoveries"].as_u64().unwrap() >= 1, "{report}");
     }
     destination.json(&["stop", "a"]);
+}
+
+#[test]
+fn a_guest_whose_memory_does_not_come_back_in_time_is_given_up_on_both_sides() {
+    let (source, mut destination) = (Bed::new(), Bed::new());
+    source.run("a", &guest::laps(), &[]);
+    source.console("a").at_least(100);
+    let window = ["--reconnect-window", "1s"];
+    let to = destination.receive(&["--once", window[0], window[1]]);
+    let breaker = Breaker::new(&to);
+    breaker.fuse.for_good.store(true, Ordering::SeqCst);
+    let moving = slowly(&source, &breaker.address, &window);
+    if !arrives_without_all_pages(&destination, &moving) {
+        post_copy(&report(moving));
+        destination.json(&["stop", "a"]);
+        return;
+    }
+    breaker.arm(100 << 10);
+    let output = moving.join().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(!output.status.success(), "{said}");
+    assert!(said.contains("within 1 s"), "{said}");
+    destination.wait_until_empty();
+    // Its state at the hand-over is left to whoever decides.
+    source.json(&["stop", "a"]);
 }

@@ -252,12 +252,16 @@ fn arrive(arriving: Arriving, peers: &Peers, parent: &mut Parent) -> Result<Arri
             listen,
             overrides,
             peer_timeout_ms,
+            reconnect_window_ms,
             security,
         } => {
             let build = build(overrides);
+            let usual = destination_options(peer_timeout_ms, peers.waiting.clone());
             let options = DestinationOptions {
                 faults: build.faults.clone(),
-                ..destination_options(peer_timeout_ms, peers.waiting.clone())
+                reconnect_window: reconnect_window_ms
+                    .map_or(usual.reconnect_window, Duration::from_millis),
+                ..usual
             };
             let arrived = receive(&build, &listen, &security, options, parent)?;
             if let Some(following) = &arrived.following {

@@ -65,6 +65,10 @@ pub struct MigrateArgs {
     /// Silence after which the other side counts as lost
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
     pub peer_timeout: Duration,
+    /// How long a guest whose memory still follows it waits for a new connection after its own
+    /// broke; both sides have to be told
+    #[arg(long, value_name = "TIME", default_value = "300s", value_parser = parse_duration)]
+    pub reconnect_window: Duration,
     /// Most rounds of copying while the guest runs
     #[arg(long, value_name = "N")]
     pub max_rounds: Option<u32>,
@@ -214,6 +218,10 @@ pub struct ReceiveArgs {
     /// Silence after which the other side counts as lost
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
     pub peer_timeout: Duration,
+    /// How long a guest whose memory still follows it waits for a new connection after its own
+    /// broke; both sides have to be told
+    #[arg(long, value_name = "TIME", default_value = "300s", value_parser = parse_duration)]
+    pub reconnect_window: Duration,
     /// Take one VM, stay until it ends or moves on, and then return
     #[arg(long)]
     pub once: bool,

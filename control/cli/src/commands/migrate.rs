@@ -56,6 +56,7 @@ pub(super) async fn migrate(args: MigrateArgs, printer: &Printer) -> Result<(), 
         compression: args.compress.into(),
         timeout_ms: args.timeout.map(milliseconds),
         peer_timeout_ms: Some(milliseconds(args.peer_timeout)),
+        reconnect_window_ms: Some(milliseconds(args.reconnect_window)),
         security: security(args.tls, host)?,
     };
     let mut interrupts = Interrupts::listen()?;
@@ -116,7 +117,7 @@ pub(super) async fn migrate(args: MigrateArgs, printer: &Printer) -> Result<(), 
     Ok(())
 }
 
-fn milliseconds(time: Duration) -> u64 {
+pub(super) fn milliseconds(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 

@@ -10,6 +10,7 @@ use dunlin_api::status::VmStatus;
 use tokio::task::JoinSet;
 
 use super::absolute_endpoint;
+use super::migrate::milliseconds;
 use super::run::{debug_console, nets};
 use super::security::security;
 use crate::args::ReceiveArgs;
@@ -30,7 +31,8 @@ pub(super) async fn receive(args: ReceiveArgs, printer: &Printer) -> Result<(), 
             nets: nets(args.nets)?,
             debug_console: args.debugcon.map(debug_console).transpose()?,
         },
-        peer_timeout_ms: u64::try_from(args.peer_timeout.as_millis()).unwrap_or(u64::MAX),
+        peer_timeout_ms: milliseconds(args.peer_timeout),
+        reconnect_window_ms: milliseconds(args.reconnect_window),
         taken_before: false,
     };
     // VMs that have arrived and end with this command.
@@ -100,6 +102,7 @@ struct Place {
     security: Security,
     overrides: Overrides,
     peer_timeout_ms: u64,
+    reconnect_window_ms: u64,
     taken_before: bool,
 }
 
@@ -109,6 +112,7 @@ impl Place {
             listen: self.listen.clone(),
             overrides: self.overrides.clone(),
             peer_timeout_ms: Some(self.peer_timeout_ms),
+            reconnect_window_ms: Some(self.reconnect_window_ms),
             security: self.security.clone(),
         };
         VmProcess::start(guest, Start::AtOnce)

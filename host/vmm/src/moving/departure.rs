@@ -193,6 +193,9 @@ pub(crate) fn options(request: &MigrateRequest) -> MigrationOptions {
             Compression::Lz4 => Squeeze::Lz4,
         },
         timeout: request.timeout_ms.map(Duration::from_millis),
+        reconnect_window: request
+            .reconnect_window_ms
+            .map_or(defaults.reconnect_window, Duration::from_millis),
         ..defaults
     }
 }
