@@ -229,15 +229,10 @@ impl Cpu {
     /// Of a block that was counted as a whole, only the instructions before an operation were done.
     #[cold]
     pub(crate) fn count_only(&mut self, block: &Block, op: usize) {
-        // An address operation precedes its instruction.
-        let begun = &block.ops[..block.ops.len().min(op + 1)];
-        let done = begun
-            .windows(2)
-            .filter(|pair| pair[0].offset != pair[1].offset);
         self.instructions = self
             .instructions
             .wrapping_sub(u64::from(block.instructions))
-            .wrapping_add(done.count() as u64);
+            .wrapping_add(block.instructions_in(0..op));
     }
 
     /// The block that runs ends behind an instruction that does not end it always.

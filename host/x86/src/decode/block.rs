@@ -65,6 +65,16 @@ impl Block {
         before.is_some_and(|op| op.offset == self.bytes)
     }
 
+    /// How many instructions these operations are.
+    pub(crate) fn instructions_in(&self, ops: std::ops::Range<usize>) -> u64 {
+        // An address operation precedes its instruction.
+        let end = self.ops.len().min(ops.end + 1);
+        let borders = self.ops[ops.start..end]
+            .windows(2)
+            .filter(|pair| pair[0].offset != pair[1].offset);
+        borders.count() as u64
+    }
+
     /// The block that a link leads to.
     #[inline(always)]
     pub(crate) fn link(&self, link: usize) -> Option<&'static Block> {

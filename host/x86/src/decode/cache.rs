@@ -238,6 +238,13 @@ impl BlockCache {
         self.buried_size > MOST_BURIED
     }
 
+    /// Blocks with which translated code of other blocks goes on.
+    #[cfg(all(test, target_arch = "x86_64"))]
+    pub(crate) fn woven(&self) -> usize {
+        let blocks = self.pages.values().flat_map(|page| page.blocks.values());
+        blocks.filter(|block| block.woven.get()).count()
+    }
+
     /// A block of the same page and privilege as another one, of 64-bit code.
     #[cfg(target_arch = "x86_64")]
     #[expect(unsafe_code, reason = "blocks are found by pointer")]

@@ -431,8 +431,12 @@ impl Cpu {
             let at = ram.host.as_ptr().wrapping_add(index as usize);
             // SAFETY: the bytes lie in the page, which `ram_page` vouches for.
             let byte = unsafe { u8::load(at) };
-            let mark = ram.mark;
-            journal.push(crate::native::Replaced { at, byte, mark });
+            journal.push(crate::native::Replaced {
+                at,
+                byte,
+                stored: byte,
+                mark: ram.mark,
+            });
         }
     }
 

@@ -39,8 +39,16 @@ impl CodeMemory {
             let address = reserve(size)?;
             let flags = MapFlags::SHARED | MapFlags::FIXED;
             // SAFETY: the place was just reserved, and is known to nobody else.
-            let address = unsafe { mmap(address, size, protection, flags, &file, 0) }?;
-            NonNull::new(address.cast()).ok_or_else(|| io::ErrorKind::OutOfMemory.into())
+            match unsafe { mmap(address, size, protection, flags, &file, 0) } {
+                Ok(address) => {
+                    NonNull::new(address.cast()).ok_or_else(|| io::ErrorKind::OutOfMemory.into())
+                }
+                Err(error) => {
+                    // SAFETY: what was reserved is known to nobody else.
+                    let _unmapped = unsafe { munmap(address, size) };
+                    Err(error.into())
+                }
+            }
         };
         let writable = map(ProtFlags::READ | ProtFlags::WRITE)?;
         let executable = match map(ProtFlags::READ | ProtFlags::EXEC) {

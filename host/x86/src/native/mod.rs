@@ -263,6 +263,8 @@ pub(crate) struct Translator {
     pub(crate) verified: u64,
     /// The first that did not.
     pub(crate) difference: Option<String>,
+    /// What a journal was, for the next.
+    spare_journal: Vec<Replaced>,
 }
 
 impl std::fmt::Debug for Translator {
@@ -314,6 +316,7 @@ impl Translator {
             verifies: matches!(translation, Translation::Verified(_)),
             verified: 0,
             difference: None,
+            spare_journal: Vec::new(),
         };
         translator.assembler.set_loops(loop_is_quick());
         translator.begin();

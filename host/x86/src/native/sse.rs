@@ -289,18 +289,15 @@ impl Work<'_> {
             .filter(|_| is_vector(original))
             .ok_or(Unable)?;
         let mut i = *original;
-        let mut memory = false;
+        // Known before a register is chosen: it may be the operand that comes first.
+        let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
         // Vector registers of the host, and the guest's that they stand for.
         let mut vectors = [None::<u8>; 3];
         let mut general = None;
         for n in 0..i.op_count() {
             match i.op_kind(n) {
                 OpKind::Register => {}
-                OpKind::Memory => {
-                    memory = true;
-                    continue;
-                }
-                OpKind::Immediate8 => continue,
+                OpKind::Memory | OpKind::Immediate8 => continue,
                 _ => return Err(Unable),
             }
             let register = i.op_register(n);

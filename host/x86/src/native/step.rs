@@ -87,28 +87,24 @@ impl Cpu {
                     }
                 }
                 Kind::Step { op, count, resume } => {
-                    // The interpreter counts blocks as a whole, and takes back what was not done.
-                    let instructions = u64::from(block.instructions);
-                    self.instructions = self.instructions.wrapping_add(instructions);
-                    match self.step(block, op.into(), count.into()) {
+                    let (first, behind) = (usize::from(op), usize::from(op + count));
+                    let exit = self.step(block, first, count.into());
+                    // What translated code does is not counted; what is interpreted for it is.
+                    let interpreted = match exit {
+                        // Whoever hears of it takes back the whole block, and counts up to the fault.
+                        Exit::Abort => {
+                            u64::from(block.instructions) - block.instructions_in(0..first)
+                        }
+                        _ => block.instructions_in(first..behind),
+                    };
+                    self.instructions = self.instructions.wrapping_add(interpreted);
+                    match exit {
                         Exit::Stepped if self.budget == 0 => {
-                            let behind = usize::from(op + count);
                             let next = block.ops[behind].offset;
-                            self.count_only(block, behind);
                             self.rip = self.slot(slot::RIP).wrapping_add(next.into());
                             return Exit::Next;
                         }
-                        Exit::Stepped => {
-                            self.instructions = self.instructions.wrapping_sub(instructions);
-                            target = self.translator.address(resume);
-                        }
-                        Exit::Next => {
-                            let behind = usize::from(op + count);
-                            if behind + 1 < block.ops.len() {
-                                self.count_only(block, behind);
-                            }
-                            return Exit::Next;
-                        }
+                        Exit::Stepped => target = self.translator.address(resume),
                         exit => return exit,
                     }
                 }

@@ -29,7 +29,10 @@ const TRIES: usize = 4;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Replaced {
     pub(crate) at: *mut u8,
+    /// What was there.
     pub(crate) byte: u8,
+    /// What is there when the interpreter is done, if later stores changed nothing: see `interpret`.
+    pub(crate) stored: u8,
     /// Where the dirty log hears of it.
     pub(crate) mark: NonNull<AtomicU8>,
 }
@@ -49,8 +52,7 @@ struct Seen {
 /// What the interpreter made of a trace.
 struct Interpreted {
     seen: Seen,
-    /// What it stored, and each byte's value then.
-    stores: Vec<(Replaced, u8)>,
+    stores: Vec<Replaced>,
     /// The blocks that ran.
     blocks: Vec<&'static Block>,
 }
@@ -137,6 +139,7 @@ impl Cpu {
             }
             if now == expected && memory.is_none() && !unmarked {
                 self.translator.verified += 1;
+                self.translator.spare_journal = stores;
                 self.instructions = done;
                 return Some(exit);
             }
@@ -160,7 +163,7 @@ impl Cpu {
                     first.get_or_insert_with(report);
                 }
             }
-            for (store, _) in stores.iter().rev() {
+            for store in stores.iter().rev() {
                 put(store.at, store.byte);
             }
             self.set_seen(&before);
@@ -181,7 +184,9 @@ impl Cpu {
         let trace = self.translator.trace_of(block);
         let mut blocks = vec![block];
         self.tlb.set_trying(true);
-        self.journal = Some(Vec::new());
+        let mut journal = std::mem::take(&mut self.translator.spare_journal);
+        journal.clear();
+        self.journal = Some(journal);
         let mut exit = self.interpret_block(block);
         for (link, block) in trace.into_iter().take(most - 1) {
             let followed = match exit {
@@ -196,14 +201,12 @@ impl Cpu {
             exit = self.interpret_block(block);
         }
         self.tlb.set_trying(false);
-        let journal = self.journal.take().unwrap_or_default();
+        let mut stores = self.journal.take().unwrap_or_default();
         let after = self.seen_after(exit);
-        let mut stores = Vec::with_capacity(journal.len());
-        for replaced in journal.into_iter().rev() {
-            stores.push((replaced, get(replaced.at)));
+        for replaced in stores.iter_mut().rev() {
+            replaced.stored = get(replaced.at);
             put(replaced.at, replaced.byte);
         }
-        stores.reverse();
         Some(Interpreted {
             seen: after?,
             stores,
@@ -332,8 +335,9 @@ impl Cpu {
 }
 
 /// The marks of the pages that were stored to.
-fn marks(stores: &[(Replaced, u8)]) -> impl Iterator<Item = &AtomicU8> {
-    stores.iter().map(|(replaced, _)| {
+fn marks(stores: &[Replaced]) -> impl Iterator<Item = &AtomicU8> {
+    let runs = stores.chunk_by(|one, next| one.mark == next.mark);
+    runs.filter_map(|run| run.first()).map(|replaced| {
         // SAFETY: marks are `PhysicalMemory`'s, which lives as long as the processor.
         #[expect(unsafe_code, reason = "the dirty log is reached by pointer")]
         unsafe {
@@ -343,18 +347,18 @@ fn marks(stores: &[(Replaced, u8)]) -> impl Iterator<Item = &AtomicU8> {
 }
 
 /// The first byte that was to be stored and is something else.
-fn differing(stores: &[(Replaced, u8)]) -> Option<String> {
+fn differing(stores: &[Replaced]) -> Option<String> {
     if stores
         .iter()
-        .all(|(replaced, stored)| get(replaced.at) == *stored)
+        .all(|replaced| get(replaced.at) == replaced.stored)
     {
         return None;
     }
     // Of bytes that were stored more than once, the last counts: it is the one that was read first
     // when they were taken back.
     let mut last = std::collections::HashMap::new();
-    for (replaced, stored) in stores.iter().rev() {
-        last.entry(replaced.at).or_insert(*stored);
+    for replaced in stores.iter().rev() {
+        last.entry(replaced.at).or_insert(replaced.stored);
     }
     last.into_iter().find_map(|(at, stored)| {
         let now = get(at);

@@ -202,3 +202,44 @@ fn execution_outside_of_ram_is_a_fault() {
     });
     assert_eq!(machine.fault(13)[1], MMIO);
 }
+
+#[test]
+fn what_is_converted_from_memory_goes_into_any_register() {
+    use iced_x86::{Code, Instruction, MemoryOperand, Register};
+    let codes = [
+        Code::Cvttsd2si_r64_xmmm64,
+        Code::Cvtsd2si_r32_xmmm64,
+        Code::Cvttss2si_r32_xmmm32,
+        Code::Cvtss2si_r64_xmmm32,
+    ];
+    for (index, code) in codes.into_iter().enumerate() {
+        for number in (0..16).filter(|number| ![gpr::RBX, gpr::RSP].contains(number)) {
+            let first = [Register::RAX, Register::EAX][usize::from(matches!(index, 1 | 2))];
+            let operand = MemoryOperand::with_base(Register::RBX);
+            let convert =
+                Instruction::with2(code, first + number as u32, operand).expect("a conversion");
+            let sum = Register::RAX + number as u32;
+            let sums = MemoryOperand::with_base_displ(Register::RBX, 8);
+            let add = Instruction::with2(Code::Add_rm64_r64, sums, sum).expect("an addition");
+            let mut machine = Machine::assembled(|a| {
+                let mut again = a.create_label();
+                a.mov(rbx, DATA).unwrap();
+                a.mov(dword_ptr(rbx + 16), 30).unwrap();
+                a.set_label(&mut again).unwrap();
+                a.add_instruction(convert).unwrap();
+                a.add_instruction(add).unwrap();
+                a.dec(dword_ptr(rbx + 16)).unwrap();
+                a.jnz(again).unwrap();
+                a.hlt().unwrap();
+            });
+            let value = if index < 2 {
+                77f64.to_bits()
+            } else {
+                77f32.to_bits().into()
+            };
+            machine.ram.set(DATA, value);
+            machine.halt();
+            assert_eq!(machine.ram.get(DATA + 8), 30 * 77, "{code:?}, {number}");
+        }
+    }
+}

@@ -237,8 +237,15 @@ fn instructions_are_counted_once_when_a_device_ends_the_budget() {
         a.hlt().unwrap();
     });
     machine.halt();
-    if !module_path!().contains("translated") {
-        assert_eq!(machine.cpu.instructions(), 5 + 10 * 23 + 1);
+    let counted = machine.cpu.instructions();
+    if module_path!().contains("translated_in_traces") {
+        // The first rounds as well.
+        assert!((12..100).contains(&counted), "{counted}");
+    } else if module_path!().contains("translated") {
+        // WRMSR, what the APIC answers, and HLT.
+        assert_eq!(counted, 12);
+    } else {
+        assert_eq!(counted, 5 + 10 * 23 + 1);
     }
 }
 

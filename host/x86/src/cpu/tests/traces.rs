@@ -28,6 +28,9 @@ fn alike(build: impl Fn(&mut CodeAssembler)) -> Option<CpuState> {
         let runs = NonZeroU32::new(runs).unwrap();
         for translation in [Translation::After(runs), Translation::Verified(runs)] {
             let (state, machine) = run(translation);
+            if matches!(translation, Translation::Verified(_)) {
+                assert!(machine.cpu.verified() > 0, "{translation:?}");
+            }
             let [now, then] = [&state, &expected].map(|s| (s.gpr, s.rip, s.rflags, s.cr2));
             assert_eq!(now, then, "{translation:?}");
             for at in (0..RAM).step_by(8) {
@@ -206,4 +209,111 @@ fn a_branch_that_the_interpreter_does_with_its_comparison_ends_a_trace() {
         return;
     };
     assert!(state.gpr[gpr::RDX] > 10);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn blocks_that_follow_each_other_become_one() {
+    if !module_path!().ends_with("translated_in_traces::traces") {
+        return;
+    }
+    let mut machine = Machine::assembled(|a| {
+        let (mut again, mut done) = (a.create_label(), a.create_label());
+        a.xor(edx, edx).unwrap();
+        a.mov(ecx, 40).unwrap();
+        a.set_label(&mut again).unwrap();
+        a.dec(ecx).unwrap();
+        a.je(done).unwrap();
+        a.inc(edx).unwrap();
+        a.jmp(again).unwrap();
+        a.set_label(&mut done).unwrap();
+        a.hlt().unwrap();
+    });
+    assert_eq!(machine.halt().gpr[gpr::RDX], 39);
+    assert!(machine.cpu.blocks.woven() > 0);
+}
+
+/// What a loop of 1,000 rounds, most of which are translated, counts as interpreted.
+#[cfg(target_arch = "x86_64")]
+fn interpreted_of_loop(body: impl Fn(&mut CodeAssembler)) -> u64 {
+    let mut machine = Machine::assembled(|a| {
+        let mut again = a.create_label();
+        a.mov(ebx, 1000).unwrap();
+        a.set_label(&mut again).unwrap();
+        body(a);
+        a.dec(ebx).unwrap();
+        a.jnz(again).unwrap();
+        a.hlt().unwrap();
+    });
+    machine.halt();
+    machine.cpu.instructions()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn of_a_translated_block_what_the_interpreter_did_is_counted() {
+    if !module_path!().contains("translated") {
+        return;
+    }
+    // PAUSE ends the budget, RDTSC goes on.
+    let ends = interpreted_of_loop(|a| {
+        for _ in 0..30 {
+            a.inc(rdi).unwrap();
+        }
+        a.xor(esi, esi).unwrap();
+        a.pause().unwrap();
+    });
+    assert!((1000..1500).contains(&ends), "{ends}");
+    let goes_on = interpreted_of_loop(|a| a.rdtsc().unwrap());
+    assert!((1000..1500).contains(&goes_on), "{goes_on}");
+    let translated = interpreted_of_loop(|a| a.inc(rdi).unwrap());
+    assert!(translated < 500, "{translated}");
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn an_operand_that_looks_by_itself_comes_between_those_that_share() {
+    let Some(state) = alike(|a| {
+        let mut again = a.create_label();
+        a.mov(rbx, DATA).unwrap();
+        a.mov(rsi, DATA + 0x2000).unwrap();
+        a.mov(r12d, 40).unwrap();
+        a.set_label(&mut again).unwrap();
+        a.mov(ptr(rbx + 8), rdx).unwrap();
+        a.add(rdx, ptr(rsi + 0x10)).unwrap();
+        a.add(ptr(rbx + 16), r12).unwrap();
+        a.add(rdx, ptr(rbx + 16)).unwrap();
+        a.dec(r12d).unwrap();
+        a.jnz(again).unwrap();
+        a.hlt().unwrap();
+    }) else {
+        return;
+    };
+    assert_eq!(state.gpr[12], 0);
+    assert_ne!(state.gpr[gpr::RDX], 0);
+}
+
+#[test]
+fn a_loop_of_blocks_that_are_translated_as_one_hears_a_kick() {
+    let mut machine = Machine::assembled(|a| {
+        let (mut first, mut second) = (a.create_label(), a.create_label());
+        a.xor(edx, edx).unwrap();
+        a.jmp(second).unwrap();
+        a.set_label(&mut first).unwrap();
+        a.inc(rdx).unwrap();
+        a.jmp(second).unwrap();
+        a.set_label(&mut second).unwrap();
+        a.inc(rax).unwrap();
+        a.jmp(first).unwrap();
+    });
+    let mailbox = Arc::clone(&machine.mailbox);
+    let kicker = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(30));
+        mailbox.kick();
+    });
+    assert_eq!(machine.cpu.run(), Stop::Kicked);
+    kicker.join().unwrap();
+    let state = machine.cpu.state();
+    let (inner, outer) = (state.gpr[gpr::RDX], state.gpr[gpr::RAX]);
+    assert!(inner > 1000 && outer - inner <= 1, "{inner}, {outer}");
 }
