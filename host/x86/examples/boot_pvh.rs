@@ -222,7 +222,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let count = cpu.instructions();
     eprintln!("{cpu:?}");
     eprintln!(
-        "{count} instructions, {took:.3} s, {:.1} MIPS",
+        "{count} instructions interpreted, {took:.3} s, {:.1} MIPS of those",
         count as f64 / took / 1e6
     );
     Ok(())

@@ -84,8 +84,8 @@ pub(crate) struct BlockCache {
     /// Blocks that were dropped while one of them may have been running.
     #[expect(clippy::vec_box, reason = "links and jumps point to them")]
     dropped: Vec<Box<Block>>,
-    /// Those of them that were translated: what was made of them refers to them until all of it is
-    /// forgotten.
+    /// Those of them that were translated, by themselves or with others: what was made of them refers to
+    /// them until all of it is forgotten.
     #[expect(clippy::vec_box, reason = "translated code points to them")]
     buried: Vec<Box<Block>>,
     /// Operations of the buried.

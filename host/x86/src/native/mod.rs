@@ -55,7 +55,8 @@ pub(crate) use step::ALONE;
 pub(crate) use translate::is_known;
 pub(crate) use verify::Replaced;
 
-/// Bytes of translated code, before all of it is dropped.
+/// Bytes for translated code, half of them for what runs often. All of it is dropped when either half
+/// has no room for another block.
 const CODE: usize = 64 << 20;
 /// Jumps that are known.
 pub(crate) const JUMPS: usize = 1 << 15;

@@ -1,8 +1,8 @@
-//! Memory operands that share a look into the software TLB: those of one block by the same registers,
-//! near each other, while none of these registers changes.
+//! Memory operands that share a look into the software TLB: those of one trace by the same
+//! registers, near each other, while none of these registers changes.
 //!
 //! The first of them, its *leader*, looks for all bytes that the others will touch, and notes where
-//! they are in the host's memory; the others, which *follow*, need nothing but that. A block with such
+//! they are in the host's memory; the others, which *follow*, need nothing but that. A trace with such
 //! operands is made twice. Whatever goes wrong in the first copy (a miss, bytes in two pages, an
 //! instruction that the interpreter has to do) goes on in the second, where each operand looks by
 //! itself: so what a leader noted never outlives a stay in translated code.

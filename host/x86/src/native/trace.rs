@@ -1,8 +1,7 @@
 //! Blocks that are translated as one.
 //!
-//! Behind a branch to another block of the page, that block follows in the same code when it is where
-//! the branch leads mostly: nothing is looked at in between, and operands of both may share looks into
-//! the TLB. Behind a call, the block follows to which is returned. Each block may have code of its own
+//! Behind a branch, that of the two blocks it leads to follows in the same code which ran more often, if
+//! it is in the page: nothing is looked at in between, and operands of both may share looks into the TLB. Behind a call, the block follows to which is returned. Each block may have code of its own
 //! besides, for whoever comes to it by another way.
 //!
 //! A trace only leads on to higher addresses, as code that is entered without a look whether something
@@ -117,7 +116,8 @@ impl Cpu {
         Some(trace)
     }
 
-    /// The block to which the branch leads mostly that ends this one, and its link.
+    /// Of the blocks to which the branch leads that ends this one, the one that ran more often, and its
+    /// link.
     fn follower(&self, block: &Block, last: &Instruction) -> Option<(u8, &'static Block)> {
         let jump = matches!(last.code(), Code::Jmp_rel8_64 | Code::Jmp_rel32_64);
         let conditional = last.is_jcc_short_or_near() && last.op0_kind() == OpKind::NearBranch64;

@@ -199,7 +199,7 @@ impl Cpu {
         Some(profile)
     }
 
-    /// Where the guest was. In translated code that is the beginning of the block.
+    /// Where the guest was. In translated code that is the beginning of the trace's first block.
     fn place(&self, sample: &Sample) -> Option<Place> {
         #[cfg(target_arch = "x86_64")]
         if sample.doing == Doing::Translated {

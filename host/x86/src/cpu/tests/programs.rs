@@ -1,7 +1,7 @@
 //! Random programs, interpreted and translated: they come to the same end.
 //!
-//! Lockstep compares one block at a time, each entered anew. What one block leaves to the next in
-//! translated code (calls that are open, links, jumps that are known) shows here.
+//! Lockstep compares one trace at a time, each entered anew. What one leaves to the next in translated
+//! code (calls that are open, links, jumps that are known) shows here.
 
 use super::*;
 use iced_x86::code_asm::*;
@@ -295,6 +295,7 @@ fn random_programs_come_to_the_same_end() {
                 translated.cpu.translator.look_as_elsewhere();
             }
             let state = run(&mut translated).expect("an end");
+            assert_eq!(translated.cpu.verified() > 0, verified);
             let context = format!("seed {seed}, {after:?}, as on other hosts: {elsewhere}");
             assert_eq!(state.gpr, expected.gpr, "{context}");
             let [now, then] = [&state, &expected].map(|s| (s.rip, s.rflags, s.cr2));
