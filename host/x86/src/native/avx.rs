@@ -19,7 +19,8 @@ use crate::float::{FloatState, host_executes};
 const FREE: u8 = 7;
 
 /// Is it an instruction of this file? The rest, the interpreter does: what touches memory element by
-/// element, or other state than its operands, and comparisons of strings.
+/// element, or other state than its operands, comparisons of strings, and dot products, which choose
+/// among NaNs as each vendor likes.
 pub(super) fn is_known(i: &Instruction) -> bool {
     let executed = |feature: &CpuidFeature| match feature {
         CpuidFeature::AVX => host_executes("avx"),
@@ -40,6 +41,8 @@ pub(super) fn is_known(i: &Instruction) -> bool {
                 | M::Vstmxcsr
                 | M::Vzeroupper
                 | M::Vzeroall
+                | M::Vdpps
+                | M::Vdppd
                 | M::Vpcmpistri
                 | M::Vpcmpistrm
                 | M::Vpcmpestri
