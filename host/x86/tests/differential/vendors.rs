@@ -3,7 +3,7 @@
 
 use std::arch::x86_64::__cpuid;
 
-use iced_x86::{Instruction, Mnemonic, OpKind};
+use iced_x86::{Instruction, MemorySize, Mnemonic, OpKind};
 
 use crate::layout::{End, Machine};
 
@@ -33,7 +33,7 @@ pub(crate) fn is_intel() -> bool {
 /// | string instructions with REP and 32-bit addresses | clears the upper halves of the registers that count, even when nothing is done |
 /// | CMPS, SCAS with REP that fault | have the flags from before (SDM vol. 2, REP) |
 /// | x87 stores of what raises an unmasked exception | do not touch memory, so never fault |
-/// | FBSTP that faults in the second of two pages | has stored to the first |
+/// | stores of ten bytes that fault in the second of two pages | have stored to the first |
 /// | stores of MMX registers that fault | have cleared TOP |
 /// | stores by mask that fault | name any byte of the operand as the address |
 /// | gathers that fault | have extended the signs of the mask's elements, and cleared upper halves |
@@ -88,6 +88,7 @@ pub(crate) fn as_amd(
             native.0.float[32..160].rotate_left(usize::from(top / 8) * 16);
         }
         Mnemonic::Fbstp => return false,
+        Mnemonic::Fstp if instruction.memory_size() == MemorySize::Float80 => return false,
         Mnemonic::Maskmovq
         | Mnemonic::Maskmovdqu
         | Mnemonic::Vmaskmovdqu
