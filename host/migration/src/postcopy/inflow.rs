@@ -222,7 +222,7 @@ impl Inflow {
     }
 
     /// Ends this generation's connections; nothing is placed any more from the return on.
-    fn unlink(&mut self) {
+    pub(crate) fn hang_up(&mut self) {
         self.stop.cancel();
         self.order(Order::Unlink);
         for receiver in self.receivers.drain(..) {
@@ -234,7 +234,7 @@ impl Inflow {
 
     /// Goes on over new connections.
     pub(crate) fn resume(&mut self, links: DestinationLinks) -> Result<(), MigrationError> {
-        self.unlink();
+        self.hang_up();
         {
             let mut state = self.shared.state();
             state.counts.recoveries += 1;
@@ -248,7 +248,7 @@ impl Inflow {
 
     /// Ends this generation's connections, and says what has not come.
     pub(crate) fn pause(&mut self) -> PageSet {
-        self.unlink();
+        self.hang_up();
         let mut state = self.shared.state();
         if state.flow == Flow::Flowing {
             state.flow = Flow::Broken;
@@ -276,7 +276,7 @@ impl Inflow {
     /// Nobody needs the pages any more, or all are here: memory is memory again, and the
     /// connections end.
     pub(crate) fn end(&mut self) {
-        self.unlink();
+        self.hang_up();
         {
             let mut state = self.shared.state();
             if state.flow != Flow::Whole {
@@ -295,7 +295,7 @@ impl Inflow {
     /// The guest is lost. Whoever waits at a page waits until the process ends: what would come
     /// instead of the page is wrong.
     pub(crate) fn strand(mut self) {
-        self.unlink();
+        self.hang_up();
         // The end of the descriptor would end the waiting.
         std::mem::forget(Arc::clone(&self.shared));
         self.bell = None;

@@ -133,14 +133,10 @@ impl Work {
         }
         let cause = self.gauge.cause();
         let cause = cause.unwrap_or_else(|| "the source began anew".to_owned());
-        let since = *self.broken_since.get_or_insert_with(|| {
-            tracing::warn!(
-                cause,
-                missing_pages = self.gauge.missing_pages(),
-                "the connections to the source broke: the guest waits at pages that are missing"
-            );
-            Instant::now()
-        });
+        let since = match self.broken_since {
+            Some(since) => since,
+            None => self.hang_up(&cause),
+        };
         self.board.post(Standing::Waiting {
             cause: cause.clone(),
         });
@@ -166,6 +162,22 @@ impl Work {
             cause: cause.clone(),
         });
         Some(format!("the guest was lost: {cause}"))
+    }
+
+    /// A connection broke: ends the others. The source may see nothing of a break, and would go on
+    /// where nobody receives any more; when it is asked no more, it begins anew.
+    fn hang_up(&mut self, cause: &str) -> Instant {
+        tracing::warn!(
+            cause,
+            missing_pages = self.gauge.missing_pages(),
+            "the connections to the source broke: the guest waits at pages that are missing"
+        );
+        let now = Instant::now();
+        self.broken_since = Some(now);
+        if let Some(inflow) = &mut self.inflow {
+            inflow.hang_up();
+        }
+        now
     }
 
     /// Every page is here: tells the source, again and again if need be.

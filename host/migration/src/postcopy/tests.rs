@@ -183,6 +183,81 @@ impl Transport for Fragile {
     }
 }
 
+/// Makes connections, of which one swallows what is written to it from some byte on.
+struct Swallower {
+    inner: UnixConnector,
+    /// Connections before that one.
+    before: usize,
+}
+
+struct Swallowing {
+    inner: Box<dyn Transport>,
+    budget: usize,
+}
+
+impl Fencing for Swallower {
+    fn peer_is_dead(&self) -> Option<bool> {
+        None
+    }
+}
+
+impl Connector for Swallower {
+    fn connect(&mut self, deadline: Instant) -> Result<Box<dyn Transport>, TransportError> {
+        let inner = self.inner.connect(deadline)?;
+        let Some(before) = self.before.checked_sub(1) else {
+            self.before = usize::MAX;
+            return Ok(Box::new(Swallowing {
+                inner,
+                budget: 100_000,
+            }));
+        };
+        self.before = before;
+        Ok(inner)
+    }
+
+    fn watch(&mut self, _process: PeerProcess) {}
+
+    fn transport(&self) -> &'static str {
+        "unix"
+    }
+}
+
+impl Transport for Swallowing {
+    fn read(
+        &mut self,
+        into: &mut [std::io::IoSliceMut<'_>],
+        deadline: Instant,
+    ) -> Result<usize, TransportError> {
+        self.inner.read(into, deadline)
+    }
+
+    fn write(
+        &mut self,
+        from: &[std::io::IoSlice<'_>],
+        deadline: Instant,
+    ) -> Result<usize, TransportError> {
+        let first = from.iter().find(|part| !part.is_empty());
+        let step = first.map_or(&[][..], |part| &part[..part.len().min(3000)]);
+        self.budget = self.budget.saturating_sub(step.len());
+        if self.budget == 0 {
+            return Ok(step.len());
+        }
+        self.inner.write(&[std::io::IoSlice::new(step)], deadline)
+    }
+
+    fn shutdown(&mut self, how: std::net::Shutdown) {
+        self.inner.shutdown(how);
+    }
+
+    fn peer(&self) -> &str {
+        self.inner.peer()
+    }
+
+    fn traits(&self) -> dunlin_lane::stream::StreamTraits {
+        self.inner.traits()
+    }
+}
+
 /// The destination's door: what `Reception` does for these connections.
 struct Door {
     directory: tempfile::TempDir,
@@ -319,6 +394,16 @@ fn some_pages(pages: u64, seed: u64) -> PageSet {
 
 /// `pages` of RAM; three of four are missing and hold older content at the destination.
 fn pair(uffd: Arc<Userfaultfd>, pages: u64, window: Duration) -> Pair {
+    pair_over(uffd, pages, window, |door| Box::new(door.connector()))
+}
+
+/// The same over connections of this connector.
+fn pair_over(
+    uffd: Arc<Userfaultfd>,
+    pages: u64,
+    window: Duration,
+    connector: impl FnOnce(&Door) -> Box<dyn Connector>,
+) -> Pair {
     let (source, there) = (filled(pages, 1), filled(pages, 1));
     let missing = some_pages(pages, 99);
     let mut hash = pages::hash_ram(&there);
@@ -330,7 +415,7 @@ fn pair(uffd: Arc<Userfaultfd>, pages: u64, window: Duration) -> Pair {
     let door = Door::new(switchboard.clone());
     let (events, line) = switchboard.open(TOKEN);
     let deadline = Instant::now() + IDLE;
-    let links = open_links(&mut door.connector(), TOKEN, 1, LANES, deadline).unwrap();
+    let links = open_links(&mut *connector(&door), TOKEN, 1, LANES, deadline).unwrap();
     let arriving = collect(&line, 1, LANES, IDLE).unwrap();
     let basin = Basin {
         memory: there.clone(),
@@ -511,6 +596,29 @@ fn twenty_random_cuts_are_each_recovered() {
         assert_eq!(came, counts.missing);
         eprintln!("recoveries {} {counts:?}", follow.recoveries);
     }
+}
+
+#[test]
+fn a_source_that_sees_nothing_of_a_break_begins_anew() {
+    let Some(uffd) = userfaultfd() else { return };
+    let window = Duration::from_secs(30);
+    let pair = pair_over(uffd, 8192, window, |door| {
+        Box::new(Swallower {
+            inner: door.connector(),
+            // Behind the requests' comes the urgent lane.
+            before: 1,
+        })
+    });
+    // Other lanes are held back until then.
+    let guest = Guest::start(&pair.there, vec![1; 8192], 3);
+    let mut connector = pair.door.connector();
+    let links = (pair.control, pair.outflow);
+    let (end, _, recoveries) = follow(&pair.source, &mut connector, links, window);
+    let body = complete(end);
+    assert_eq!(pair.following.wait(), Standing::Complete);
+    assert_whole(&pair.there, &guest.finish());
+    assert_eq!(body.hash, Some(pages::hash_ram(&pair.source)));
+    assert_eq!(recoveries, 1);
 }
 
 #[test]
