@@ -68,9 +68,9 @@ struct Tally {
 impl Bench {
     fn new(translation: Translation) -> Self {
         Self {
-            native: Native::new(CodePages::Read),
+            native: Native::new(),
             intel: vendors::is_intel(),
-            software: Software::new(translation, CodePages::Read),
+            software: Software::new(translation),
             warm: false,
             template: [vec![0; DATA_BYTES], vec![0; STACK_BYTES]],
         }
@@ -292,7 +292,7 @@ fn report(case: &Case, difference: &str) -> String {
 fn every_offered_form_does_what_the_host_does() {
     let mut bench = Bench::new(Translation::Never);
     compare_all(&mut bench, "interpreted");
-    bench.software = Software::new(Translation::After(NonZeroU32::MIN), CodePages::Read);
+    bench.software = Software::new(Translation::After(NonZeroU32::MIN));
     bench.warm = true;
     compare_all(&mut bench, "translated");
 }

@@ -172,9 +172,9 @@ fn processor(ram: &Arc<Ram>, clock: &Arc<GuestClock>, translation: Translation) 
 }
 
 impl Software {
-    pub(crate) fn new(translation: Translation, pages: CodePages) -> Self {
+    pub(crate) fn new(translation: Translation) -> Self {
         let ram = Arc::new(Ram::new());
-        page_tables(&ram, pages);
+        page_tables(&ram);
         descriptors(&ram);
         let clock = Arc::new(GuestClock::new(1_000_000));
         let mut cpu = processor(&ram, &clock, translation);
@@ -196,11 +196,6 @@ impl Software {
         self.cpu = processor(&self.ram, &self.clock, self.translation);
     }
 
-    /// The instructions, to be written before [`Self::run`], which notices.
-    pub(crate) fn code(&mut self) -> &mut [u8] {
-        self.ram.bytes(frame::USER_CODE, CODE_BYTES / PAGE)
-    }
-
     /// Data and stack.
     pub(crate) fn scratch(&mut self) -> [&mut [u8]; 2] {
         let both = self.ram.bytes(frame::USER_DATA, 3);
@@ -219,7 +214,7 @@ impl Software {
         if let Err(error) = self.cpu.set_state(state) {
             panic!("state refused: {error} {input:x?}", input = input.gpr);
         }
-        self.to_exception()
+        self.run_to_exception()
     }
 
     /// The same behind another run, with what that left in the TLB.
@@ -246,10 +241,10 @@ impl Software {
             put(INPUT_FRAME + 8 * index, value);
         }
         self.cpu.complete_write();
-        self.to_exception()
+        self.run_to_exception()
     }
 
-    fn to_exception(&mut self) -> (Machine, End) {
+    fn run_to_exception(&mut self) -> (Machine, End) {
         let vector = match self.cpu.run() {
             Stop::PortWrite { port, .. } => port as u8,
             Stop::Differs => panic!("{}", self.cpu.difference().unwrap_or_default()),
@@ -286,7 +281,7 @@ impl Software {
     }
 }
 
-fn page_tables(ram: &Ram, pages: CodePages) {
+fn page_tables(ram: &Ram) {
     let entry = |frame: usize, bits: u64| (frame * PAGE) as u64 | bits | PRESENT | ACCESSED_DIRTY;
     let index = |address: u64, level: u32| (address >> (12 + 9 * level)) as usize & 511;
     let table = USER | WRITABLE;
@@ -306,16 +301,12 @@ fn page_tables(ram: &Ram, pages: CodePages) {
         index(DATA, 1),
         entry(frame::DATA_TABLE, table),
     );
-    let code = match pages {
-        CodePages::Read => USER,
-        CodePages::Write => USER | WRITABLE,
-    };
     for page in 0..CODE_BYTES / PAGE {
         let place = index(CODE, 0) + page;
         ram.set_u64(
             frame::CODE_TABLE,
             place,
-            entry(frame::USER_CODE + page, code),
+            entry(frame::USER_CODE + page, USER),
         );
     }
     let data = USER | WRITABLE | NO_EXECUTE;
