@@ -4,17 +4,17 @@ use iced_x86::{Code, Instruction, MemorySize, Mnemonic, OpKind, Register};
 
 use crate::layout::{End, Machine};
 
-const CF: u64 = 1 << 0;
+pub(crate) const CF: u64 = 1 << 0;
 const PF: u64 = 1 << 2;
-const AF: u64 = 1 << 4;
-const ZF: u64 = 1 << 6;
+pub(crate) const AF: u64 = 1 << 4;
+pub(crate) const ZF: u64 = 1 << 6;
 const SF: u64 = 1 << 7;
 const DF: u64 = 1 << 10;
-const OF: u64 = 1 << 11;
+pub(crate) const OF: u64 = 1 << 11;
 const NT: u64 = 1 << 14;
 const AC: u64 = 1 << 18;
 const ID: u64 = 1 << 21;
-const ARITHMETIC: u64 = CF | PF | AF | ZF | SF | OF;
+pub(crate) const ARITHMETIC: u64 = CF | PF | AF | ZF | SF | OF;
 
 /// The flags that the architecture leaves undefined (SDM vol. 1, appendix A, and vol. 2).
 ///
@@ -93,6 +93,23 @@ pub(crate) fn difference(
         ));
     }
     let partial = partly_written(instruction, native);
+    let undefined = match native_end {
+        End::At(_) => undefined_flags(instruction, input),
+        End::Fault { .. } => 0,
+    };
+    let mut difference = general_difference(native, software, partial);
+    if difference.is_none() {
+        difference = flags_difference(native, software, undefined);
+    }
+    difference.or_else(|| state_difference(native, software, native_end))
+}
+
+/// Of general registers; of `partial` only the low half.
+pub(crate) fn general_difference(
+    native: &Machine,
+    software: &Machine,
+    partial: Option<usize>,
+) -> Option<String> {
     for (index, (native, software)) in native.gpr.iter().zip(&software.gpr).enumerate() {
         let compared = if partial == Some(index) {
             u64::from(u32::MAX)
@@ -106,10 +123,15 @@ pub(crate) fn difference(
             ));
         }
     }
-    let undefined = match native_end {
-        End::At(_) => undefined_flags(instruction, input),
-        End::Fault { .. } => 0,
-    };
+    None
+}
+
+/// Of flags but those that are undefined.
+pub(crate) fn flags_difference(
+    native: &Machine,
+    software: &Machine,
+    undefined: u64,
+) -> Option<String> {
     let flags = FLAGS & !undefined;
     if (native.rflags ^ software.rflags) & flags != 0 {
         return Some(format!(
@@ -118,8 +140,13 @@ pub(crate) fn difference(
             software.rflags & flags
         ));
     }
+    None
+}
+
+/// Of x87, SSE and AVX state.
+pub(crate) fn state_difference(native: &Machine, software: &Machine, end: &End) -> Option<String> {
     let (mut native_float, mut software_float) = (native.float, software.float);
-    if matches!(native_end, End::Fault { vector: 19, .. }) {
+    if matches!(end, End::Fault { vector: 19, .. }) {
         hide_precision(&mut native_float, &mut software_float);
     }
     float_difference(&native_float, &software_float)
@@ -159,7 +186,7 @@ fn partly_written(instruction: &Instruction, after: &Machine) -> Option<usize> {
         .then(|| instruction.op0_register().number())
 }
 
-fn same_end(instruction: &Instruction, native: &End, software: &End) -> bool {
+pub(crate) fn same_end(instruction: &Instruction, native: &End, software: &End) -> bool {
     // Moved in several accesses, of which any may be the first.
     let whole_page = matches!(
         instruction.memory_size(),

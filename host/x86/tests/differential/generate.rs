@@ -149,7 +149,7 @@ impl<'a> Generator<'a> {
             };
         // The six arithmetic flags and DF; interrupts are enabled in user mode.
         input.rflags = self.random.next() & 0xcd5 | 0x202;
-        input.float = random_float(self.random, self.float);
+        input.float = self.random.float_image(self.float);
         if self.float && is_x86_feature_detected!("avx") {
             for half in input.upper.chunks_exact_mut(16) {
                 half.copy_from_slice(&self.random.vector().to_le_bytes());
@@ -636,7 +636,7 @@ fn content(random: &mut Random, size: MemorySize, code: Code) -> Vec<u8> {
     use MemorySize::*;
     match size {
         Fxsave_512Byte | Fxsave64_512Byte => {
-            let mut image = random_float(random, true);
+            let mut image = random.float_image(true);
             if random.chance(5) {
                 // Not bit 17, which some hosts have.
                 image[26] = random.next() as u8 & !2;
@@ -684,61 +684,4 @@ fn content(random: &mut Random, size: MemorySize, code: Code) -> Vec<u8> {
 
 fn is_load_of_mxcsr(code: Code) -> bool {
     matches!(code.mnemonic(), Mnemonic::Ldmxcsr | Mnemonic::Vldmxcsr)
-}
-
-/// An x87 and SSE state in FXSAVE64's layout; only its fixed parts if `used` is false.
-fn random_float(random: &mut Random, used: bool) -> [u8; 512] {
-    let mut image = [0; 512];
-    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
-    put(0, &0x037f_u16.to_le_bytes());
-    put(24, &0x1f80_u32.to_le_bytes());
-    if !used {
-        return image;
-    }
-    let all_masked = random.chance(75);
-    let mut control = random.next() as u16 & 0x0f3f | 0x40;
-    let mut status = random.next() as u16 & 0x7f7f;
-    if all_masked {
-        control |= 0x3f;
-    } else if random.chance(90) {
-        // No exception pending.
-        status &= !0x3f | control;
-    }
-    if status & !control & 0x3f != 0 {
-        status |= 0x8080;
-    }
-    let tags = if random.chance(60) {
-        0xff
-    } else {
-        random.next() as u8
-    };
-    put(0, &control.to_le_bytes());
-    put(2, &status.to_le_bytes());
-    put(4, &[tags]);
-    if status & 0x80 != 0 {
-        // Only then do all processors restore them.
-        put(6, &(random.next() as u16 & 0x7ff).to_le_bytes());
-        put(8, &(random.next() >> 17).to_le_bytes());
-        put(16, &(random.next() >> 17).to_le_bytes());
-    }
-    let mut mxcsr = random.next() as u32 & 0xffff;
-    if random.chance(75) {
-        mxcsr |= 0x1f80;
-    }
-    if random.chance(50) {
-        mxcsr &= 0x1fbf;
-    }
-    put(24, &mxcsr.to_le_bytes());
-    for index in 0..8 {
-        let value = if random.chance(10) {
-            0xffff << 64 | u128::from(random.integer())
-        } else {
-            random.extended()
-        };
-        put(32 + index * 16, &value.to_le_bytes());
-    }
-    for index in 0..16 {
-        put(160 + index * 16, &random.vector().to_le_bytes());
-    }
-    image
 }

@@ -50,6 +50,13 @@ pub(crate) fn slot_address(slot: usize) -> u64 {
     CODE + (slot * SLOT_BYTES + SLOT_LEAD) as u64
 }
 
+/// What instructions may do to their own pages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum CodePages {
+    Read,
+    Write,
+}
+
 /// How an instruction ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum End {

@@ -52,6 +52,8 @@ struct Bench {
     native: Native,
     intel: bool,
     software: Software,
+    /// What is compared is the second run, which finds the operands' pages in the TLB.
+    warm: bool,
     template: [Vec<u8>; 2],
 }
 
@@ -66,9 +68,10 @@ struct Tally {
 impl Bench {
     fn new(translation: Translation) -> Self {
         Self {
-            native: Native::new(),
+            native: Native::new(CodePages::Read),
             intel: vendors::is_intel(),
-            software: Software::new(translation),
+            software: Software::new(translation, CodePages::Read),
+            warm: false,
             template: [vec![0; DATA_BYTES], vec![0; STACK_BYTES]],
         }
     }
@@ -94,20 +97,16 @@ impl Bench {
         }
     }
 
-    fn patch(&mut self, case: &Case) {
-        for patch in &case.patches {
-            for (part, base) in [DATA, STACK].into_iter().enumerate() {
-                let length = self.template[part].len();
-                for (index, byte) in patch.bytes.iter().enumerate() {
-                    let address = patch.address.wrapping_add(index as u64);
-                    let at = address.wrapping_sub(base) as usize;
-                    if at < length {
-                        self.native.scratch()[part][at] = *byte;
-                        self.software.scratch()[part][at] = *byte;
-                    }
-                }
-            }
+    fn restore_software(&mut self, case: &Case) {
+        for (software, template) in self.software.scratch().into_iter().zip(&self.template) {
+            software.copy_from_slice(template);
         }
+        patch(self.software.scratch(), case);
+    }
+
+    fn patch(&mut self, case: &Case) {
+        patch(self.native.scratch(), case);
+        patch(self.software.scratch(), case);
     }
 
     /// Places the cases' instructions in both memories.
@@ -128,8 +127,13 @@ impl Bench {
 
     fn compare(&mut self, case: &Case) -> Option<String> {
         self.patch(case);
-        let mut native = self.native.run(&case.input, case.bytes.len());
-        let software = self.software.run(&case.input);
+        let end = case.input.rip + case.bytes.len() as u64;
+        let mut native = self.native.run(&case.input, end);
+        let mut software = self.software.run(&case.input);
+        if self.warm {
+            self.restore_software(case);
+            software = self.software.run_again(&case.input);
+        }
         let stored =
             !self.intel || vendors::as_amd(&case.instruction, &case.input, &mut native, &software);
         self.equal_mxcsr_masks(case);
@@ -216,6 +220,21 @@ impl Bench {
     }
 }
 
+/// Puts a case's operands into memory.
+fn patch(scratch: [&mut [u8]; 2], case: &Case) {
+    for (part, base) in scratch.into_iter().zip([DATA, STACK]) {
+        for patch in &case.patches {
+            for (index, byte) in patch.bytes.iter().enumerate() {
+                let address = patch.address.wrapping_add(index as u64);
+                let at = address.wrapping_sub(base) as usize;
+                if let Some(place) = part.get_mut(at) {
+                    *place = *byte;
+                }
+            }
+        }
+    }
+}
+
 fn report(case: &Case, difference: &str) -> String {
     let mut text = String::new();
     FastFormatter::new().format(&case.instruction, &mut text);
@@ -273,7 +292,8 @@ fn report(case: &Case, difference: &str) -> String {
 fn every_offered_form_does_what_the_host_does() {
     let mut bench = Bench::new(Translation::Never);
     compare_all(&mut bench, "interpreted");
-    bench.software = Software::new(Translation::After(NonZeroU32::MIN));
+    bench.software = Software::new(Translation::After(NonZeroU32::MIN), CodePages::Read);
+    bench.warm = true;
     compare_all(&mut bench, "translated");
 }
 

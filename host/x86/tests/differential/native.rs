@@ -33,7 +33,18 @@ struct Control {
     vector: u64,
     code: u64,
     address: u64,
+    /// What was done about [`SIGNALS`] before.
+    actions: [libc::sigaction; SIGNALS.len()],
 }
+
+/// What instructions may raise.
+const SIGNALS: [i32; 5] = [
+    libc::SIGSEGV,
+    libc::SIGFPE,
+    libc::SIGILL,
+    libc::SIGBUS,
+    libc::SIGTRAP,
+];
 
 const INPUT: u64 = CONTROL;
 const OUTPUT: u64 = CONTROL + size_of::<Machine>() as u64;
@@ -94,9 +105,10 @@ extern "C" fn on_signal(_: i32, info: *mut libc::siginfo_t, context: *mut libc::
         let context = context.cast::<libc::ucontext_t>();
         let registers = &mut (*context).uc_mcontext.gregs;
         if (*control).running == 0 {
-            // Not ours: the default action, at the next try.
-            libc::signal(libc::SIGSEGV, libc::SIG_DFL);
-            libc::signal(libc::SIGTRAP, libc::SIG_DFL);
+            // Not ours: what was done before, at the next try.
+            for (signal, action) in SIGNALS.into_iter().zip(&(*control).actions) {
+                libc::sigaction(signal, action, ptr::null_mut());
+            }
             return;
         }
         let register = |index: i32| registers[index as usize] as u64;
@@ -156,7 +168,7 @@ unsafe fn upper_halves(frame: *const u8) -> [u8; 256] {
 
 impl Native {
     /// Makes the mappings and takes the signals.
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(pages: CodePages) -> Self {
         map(CONTROL, PAGE, libc::PROT_READ | libc::PROT_WRITE, None);
         map(DATA, DATA_BYTES, libc::PROT_READ | libc::PROT_WRITE, None);
         map(STACK, STACK_BYTES, libc::PROT_READ | libc::PROT_WRITE, None);
@@ -164,10 +176,14 @@ impl Native {
         let code = unsafe {
             let file = libc::memfd_create(c"differential".as_ptr(), 0);
             assert_eq!(libc::ftruncate(file, CODE_BYTES as i64), 0);
+            let writable = match pages {
+                CodePages::Read => 0,
+                CodePages::Write => libc::PROT_WRITE,
+            };
             map(
                 CODE,
                 CODE_BYTES,
-                libc::PROT_READ | libc::PROT_EXEC,
+                libc::PROT_READ | libc::PROT_EXEC | writable,
                 Some(file),
             );
             let code = map(
@@ -186,14 +202,9 @@ impl Native {
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = on_signal as *const () as usize;
             action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-            for signal in [
-                libc::SIGSEGV,
-                libc::SIGFPE,
-                libc::SIGILL,
-                libc::SIGBUS,
-                libc::SIGTRAP,
-            ] {
-                assert_eq!(libc::sigaction(signal, &action, ptr::null_mut()), 0);
+            for (index, signal) in SIGNALS.into_iter().enumerate() {
+                let before = &raw mut (*control()).actions[index];
+                assert_eq!(libc::sigaction(signal, &action, before), 0);
             }
             code
         };
@@ -233,11 +244,11 @@ impl Native {
         }
     }
 
-    /// Runs the instruction at `input.rip`; `length` is that of the instruction.
-    pub(crate) fn run(&mut self, input: &Machine, length: usize) -> (Machine, End) {
+    /// Runs the instructions from `input.rip` on; what they leave well by is at `end`.
+    pub(crate) fn run(&mut self, input: &Machine, end: u64) -> (Machine, End) {
         let control = control();
-        // SAFETY: the control page is this struct's alone; the instruction was made by the
-        // generator, which points it at the scratch memory or at pages that do not exist.
+        // SAFETY: the control page is this struct's alone; the instructions were made by the
+        // generator, which points them at the scratch memory or at pages that do not exist.
         unsafe {
             (*control).input = *input;
             (*control).vector = u64::MAX;
@@ -249,7 +260,7 @@ impl Native {
             (*control).running = 0;
             let output = (*control).output;
             let end = match (*control).vector {
-                u64::MAX => End::At(input.rip + length as u64),
+                u64::MAX => End::At(end),
                 3 => End::At(output.rip - 1),
                 vector => End::Fault {
                     vector: vector as u8,

@@ -1,7 +1,8 @@
 //! Runs an instruction on the software CPU: user mode, with the native side's addresses.
 //!
-//! Every exception leads through the IDT to an HLT of its own, so that a run ends with
-//! [`Stop::Halted`] and the processor's RIP says which exception it was.
+//! Every exception leads through the IDT to an OUT to the port of its vector, at which a run ends. The
+//! code behind loads the next input from a page of its own and returns to user mode, so that a run may
+//! begin with the TLB as the one before left it.
 
 #![expect(
     unsafe_code,
@@ -36,6 +37,7 @@ mod frame {
     pub(crate) const TASK: usize = 11;
     pub(crate) const STACK: usize = 12;
     pub(crate) const HANDLERS: usize = 13;
+    pub(crate) const INPUT: usize = 14;
     pub(crate) const USER_CODE: usize = 16;
     pub(crate) const USER_DATA: usize = 32;
     pub(crate) const USER_STACK: usize = 34;
@@ -45,6 +47,13 @@ mod frame {
 /// Where the kernel's pages are: page frame number times page size above it.
 const KERNEL: u64 = 0xffff_8000_0000_0000;
 const HANDLER_BYTES: u64 = 16;
+/// Where in the page of handlers the code is that loads an input.
+const RESTART: usize = 0x800;
+/// Where in the page of inputs the general registers are, and what IRETQ takes. XRSTOR's image is before.
+const INPUT_GPR: usize = 0x400;
+const INPUT_FRAME: usize = 0x500;
+const USER_CS: u16 = 0x33;
+const USER_SS: u16 = 0x2b;
 
 const PRESENT: u64 = 1 << 0;
 const WRITABLE: u64 = 1 << 1;
@@ -163,9 +172,9 @@ fn processor(ram: &Arc<Ram>, clock: &Arc<GuestClock>, translation: Translation) 
 }
 
 impl Software {
-    pub(crate) fn new(translation: Translation) -> Self {
+    pub(crate) fn new(translation: Translation, pages: CodePages) -> Self {
         let ram = Arc::new(Ram::new());
-        page_tables(&ram);
+        page_tables(&ram, pages);
         descriptors(&ram);
         let clock = Arc::new(GuestClock::new(1_000_000));
         let mut cpu = processor(&ram, &clock, translation);
@@ -187,6 +196,11 @@ impl Software {
         self.cpu = processor(&self.ram, &self.clock, self.translation);
     }
 
+    /// The instructions, to be written before [`Self::run`], which notices.
+    pub(crate) fn code(&mut self) -> &mut [u8] {
+        self.ram.bytes(frame::USER_CODE, CODE_BYTES / PAGE)
+    }
+
     /// Data and stack.
     pub(crate) fn scratch(&mut self) -> [&mut [u8]; 2] {
         let both = self.ram.bytes(frame::USER_DATA, 3);
@@ -194,7 +208,7 @@ impl Software {
         [data, stack]
     }
 
-    /// Runs from `input.rip` to the next exception.
+    /// Runs from `input.rip` to the next exception, with nothing in the TLB.
     pub(crate) fn run(&mut self, input: &Machine) -> (Machine, End) {
         let state = &mut self.state;
         state.gpr = input.gpr;
@@ -205,10 +219,42 @@ impl Software {
         if let Err(error) = self.cpu.set_state(state) {
             panic!("state refused: {error} {input:x?}", input = input.gpr);
         }
-        match self.cpu.run() {
-            Stop::Halted => {}
-            other => panic!("unexpected stop {other:?} at {:#x}", self.cpu.state().rip),
+        self.to_exception()
+    }
+
+    /// The same behind another run, with what that left in the TLB.
+    pub(crate) fn run_again(&mut self, input: &Machine) -> (Machine, End) {
+        let page = self.ram.bytes(frame::INPUT, 1);
+        page[..512].copy_from_slice(&input.float);
+        page[512] = 7;
+        page[576..832].copy_from_slice(&input.upper);
+        let mut put = |at: usize, value: u64| {
+            page[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        };
+        for (index, value) in input.gpr.into_iter().enumerate() {
+            put(INPUT_GPR + 8 * index, value);
         }
+        let stack = input.gpr[gpr::RSP];
+        let frame = [
+            input.rip,
+            USER_CS.into(),
+            input.rflags,
+            stack,
+            USER_SS.into(),
+        ];
+        for (index, value) in frame.into_iter().enumerate() {
+            put(INPUT_FRAME + 8 * index, value);
+        }
+        self.cpu.complete_write();
+        self.to_exception()
+    }
+
+    fn to_exception(&mut self) -> (Machine, End) {
+        let vector = match self.cpu.run() {
+            Stop::PortWrite { port, .. } => port as u8,
+            Stop::Differs => panic!("{}", self.cpu.difference().unwrap_or_default()),
+            other => panic!("unexpected stop {other:?} at {:#x}", self.cpu.state().rip),
+        };
         let after = self.cpu.state();
         let mut output = Machine {
             float: [0; 512],
@@ -219,8 +265,6 @@ impl Software {
         };
         output.float.copy_from_slice(&after.xsave[..512]);
         output.upper.copy_from_slice(&after.xsave[576..832]);
-        let handlers = KERNEL + (frame::HANDLERS * PAGE) as u64;
-        let vector = ((after.rip - 1 - handlers) / HANDLER_BYTES) as u8;
         let mut at = (after.gpr[gpr::RSP] as usize) % PAGE;
         let mut code = 0;
         if matches!(vector, 8 | 10..=14 | 17) {
@@ -242,7 +286,7 @@ impl Software {
     }
 }
 
-fn page_tables(ram: &Ram) {
+fn page_tables(ram: &Ram, pages: CodePages) {
     let entry = |frame: usize, bits: u64| (frame * PAGE) as u64 | bits | PRESENT | ACCESSED_DIRTY;
     let index = |address: u64, level: u32| (address >> (12 + 9 * level)) as usize & 511;
     let table = USER | WRITABLE;
@@ -262,12 +306,16 @@ fn page_tables(ram: &Ram) {
         index(DATA, 1),
         entry(frame::DATA_TABLE, table),
     );
+    let code = match pages {
+        CodePages::Read => USER,
+        CodePages::Write => USER | WRITABLE,
+    };
     for page in 0..CODE_BYTES / PAGE {
         let place = index(CODE, 0) + page;
         ram.set_u64(
             frame::CODE_TABLE,
             place,
-            entry(frame::USER_CODE + page, USER),
+            entry(frame::USER_CODE + page, code),
         );
     }
     let data = USER | WRITABLE | NO_EXECUTE;
@@ -291,7 +339,7 @@ fn page_tables(ram: &Ram) {
         entry(frame::HIGH_DIRECTORY, WRITABLE),
     );
     ram.set_u64(frame::HIGH_DIRECTORY, 0, entry(frame::HIGH_TABLE, WRITABLE));
-    for kernel in frame::GDT..=frame::HANDLERS {
+    for kernel in frame::GDT..=frame::INPUT {
         ram.set_u64(frame::HIGH_TABLE, kernel, entry(kernel, WRITABLE));
     }
 }
@@ -316,8 +364,40 @@ fn descriptors(ram: &Ram) {
             | (handler >> 16 & 0xffff) << 48;
         ram.set_u64(frame::IDT, vector as usize * 2, low);
         ram.set_u64(frame::IDT, vector as usize * 2 + 1, handler >> 32);
-        ram.bytes(frame::HANDLERS, 1)[(vector * HANDLER_BYTES) as usize] = 0xf4;
+        let handler = (vector * HANDLER_BYTES) as usize;
+        // OUT, and a jump to the restart.
+        let mut code = [0xe6, vector as u8, 0xe9, 0, 0, 0, 0];
+        let distance = RESTART - (handler + code.len());
+        code[3..].copy_from_slice(&(distance as u32).to_le_bytes());
+        ram.bytes(frame::HANDLERS, 1)[handler..handler + code.len()].copy_from_slice(&code);
     }
+    let restart = restart(at(frame::INPUT));
+    ram.bytes(frame::HANDLERS, 1)[RESTART..RESTART + restart.len()].copy_from_slice(&restart);
+}
+
+/// Code that loads an input and returns to user mode.
+fn restart(input: u64) -> Vec<u8> {
+    // MOV R15, input.
+    let mut code = vec![0x49, 0xbf];
+    code.extend_from_slice(&input.to_le_bytes());
+    // MOV EAX, 7; XOR EDX, EDX; XRSTOR64 [R15].
+    code.extend_from_slice(&[0xb8, 7, 0, 0, 0, 0x31, 0xd2, 0x49, 0x0f, 0xae, 0x2f]);
+    // MOV register, [R15 + its place]; the base comes last.
+    let load = |register: usize| {
+        let high = register as u8 >> 3;
+        let mut load = vec![0x49 | high << 2, 0x8b, 0x87 | (register as u8 & 7) << 3];
+        load.extend_from_slice(&((INPUT_GPR + 8 * register) as u32).to_le_bytes());
+        load
+    };
+    for register in (0..15).filter(|register| *register != gpr::RSP) {
+        code.extend_from_slice(&load(register));
+    }
+    // LEA RSP, [R15 + frame].
+    code.extend_from_slice(&[0x49, 0x8d, 0xa7]);
+    code.extend_from_slice(&(INPUT_FRAME as u32).to_le_bytes());
+    code.extend_from_slice(&load(15));
+    code.extend_from_slice(&[0x48, 0xcf]);
+    code
 }
 
 /// 64-bit user mode.
@@ -328,8 +408,8 @@ fn user_state(cpu: &mut Cpu) -> CpuState {
         unusable: true,
         ..Segment::default()
     }; 6];
-    state.segments[segment::CS] = segment(0x33, 0xa0fb);
-    state.segments[segment::SS] = segment(0x2b, 0xc0f3);
+    state.segments[segment::CS] = segment(USER_CS, 0xa0fb);
+    state.segments[segment::SS] = segment(USER_SS, 0xc0f3);
     state.tr = Segment {
         base: at(frame::TASK),
         limit: 0x67,

@@ -17,6 +17,7 @@ mod robust;
 mod sharing;
 mod strings;
 mod traces;
+mod x87;
 
 use std::num::{NonZeroU8, NonZeroU32};
 use std::ptr::NonNull;

@@ -34,7 +34,8 @@ fn control(instruction: &Instruction) -> Option<Handler> {
         Wait => straight(|cpu, _| cpu.check_wait()),
         Fnop => straight(|cpu, op| {
             cpu.check_x87()?;
-            note(cpu, op);
+            cpu.float.instruction_pointer = address(cpu, op);
+            cpu.float.opcode = 0x1d0;
             Ok(())
         }),
         // What remains of the 8087 and 80287 does nothing.
@@ -73,12 +74,6 @@ fn control(instruction: &Instruction) -> Option<Handler> {
         }),
         _ => return None,
     })
-}
-
-/// The instruction pointer and opcode of an instruction without a memory operand.
-fn note(cpu: &mut Cpu, op: &Op) {
-    cpu.float.instruction_pointer = address(cpu, op);
-    cpu.float.opcode = op.imm as u16 & 0x7ff;
 }
 
 fn address(cpu: &Cpu, op: &Op) -> u64 {
