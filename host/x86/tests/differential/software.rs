@@ -137,7 +137,8 @@ impl InterruptRouter for NoRouter {
 /// The software CPU with its memory.
 pub(crate) struct Software {
     ram: Arc<Ram>,
-    cpu: Cpu,
+    /// It has a TLB inside, too large for a few of them on a stack.
+    cpu: Box<Cpu>,
     clock: Arc<GuestClock>,
     translation: Translation,
     state: CpuState,
@@ -153,7 +154,7 @@ fn segment(selector: u16, access: u16) -> Segment {
     }
 }
 
-fn processor(ram: &Arc<Ram>, clock: &Arc<GuestClock>, translation: Translation) -> Cpu {
+fn processor(ram: &Arc<Ram>, clock: &Arc<GuestClock>, translation: Translation) -> Box<Cpu> {
     let config = CpuConfig {
         id: 0,
         cpus: 1,
@@ -163,12 +164,12 @@ fn processor(ram: &Arc<Ram>, clock: &Arc<GuestClock>, translation: Translation) 
         mark: std::num::NonZeroU8::MIN,
         translation,
     };
-    Cpu::new(
+    Box::new(Cpu::new(
         config,
         Arc::clone(ram) as Arc<dyn PhysicalMemory>,
         Arc::new(Mailbox::new(0)),
         Arc::new(NoRouter),
-    )
+    ))
 }
 
 impl Software {

@@ -99,10 +99,36 @@ fn is_conversion(mnemonic: Mnemonic) -> bool {
     use Mnemonic::*;
     matches!(
         mnemonic,
-        Cvtsd2si | Cvttsd2si | Cvtss2si | Cvttss2si | Cvtsi2sd | Cvtsi2ss | Vcvtsd2si | Vcvttsd2si
-            | Vcvtss2si | Vcvttss2si | Vcvtsi2sd | Vcvtsi2ss | Movmskps | Movmskpd | Pmovmskb
-            | Vpmovmskb | Vmovmskps | Vmovmskpd | Pextrb | Pextrw | Pextrd | Pextrq | Movd | Movq
-            | Vmovd | Vmovq | Comisd | Ucomisd | Comiss | Ucomiss
+        Cvtsd2si
+            | Cvttsd2si
+            | Cvtss2si
+            | Cvttss2si
+            | Cvtsi2sd
+            | Cvtsi2ss
+            | Vcvtsd2si
+            | Vcvttsd2si
+            | Vcvtss2si
+            | Vcvttss2si
+            | Vcvtsi2sd
+            | Vcvtsi2ss
+            | Movmskps
+            | Movmskpd
+            | Pmovmskb
+            | Vpmovmskb
+            | Vmovmskps
+            | Vmovmskpd
+            | Pextrb
+            | Pextrw
+            | Pextrd
+            | Pextrq
+            | Movd
+            | Movq
+            | Vmovd
+            | Vmovq
+            | Comisd
+            | Ucomisd
+            | Comiss
+            | Ucomiss
     )
 }
 
@@ -110,8 +136,28 @@ fn is_frequent(code: Code) -> bool {
     use Mnemonic::*;
     matches!(
         code.mnemonic(),
-        Mov | Add | Sub | Cmp | Test | And | Or | Xor | Lea | Movzx | Movsx | Movsxd | Inc | Dec
-            | Neg | Not | Adc | Sbb | Xchg | Imul | Shl | Shr | Sar
+        Mov | Add
+            | Sub
+            | Cmp
+            | Test
+            | And
+            | Or
+            | Xor
+            | Lea
+            | Movzx
+            | Movsx
+            | Movsxd
+            | Inc
+            | Dec
+            | Neg
+            | Not
+            | Adc
+            | Sbb
+            | Xchg
+            | Imul
+            | Shl
+            | Shr
+            | Sar
     )
 }
 

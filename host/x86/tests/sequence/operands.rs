@@ -63,8 +63,8 @@ fn instance(program: &mut Program, random: &mut Random, code: Code) -> bool {
             None => {}
         }
     }
-    let operand = (0..instruction.op_count())
-        .find(|operand| instruction.op_kind(*operand) == OpKind::Memory);
+    let operand =
+        (0..instruction.op_count()).find(|operand| instruction.op_kind(*operand) == OpKind::Memory);
     if let Some(operand) = operand {
         let absolute = code.op_code().op_kind(operand) == OpCodeOperandKind::mem_offs;
         if code.mnemonic() == Mnemonic::Lea {
@@ -74,8 +74,10 @@ fn instance(program: &mut Program, random: &mut Random, code: Code) -> bool {
             instruction.set_memory_displ_size(8);
             instruction.set_memory_displacement64(data_address(random, size, 1));
         } else {
-            bit_offset(program, random, &instruction);
             memory_operand(program, random, &mut instruction);
+            if !bit_offset(program, random, &instruction) {
+                return false;
+            }
         }
         let lockable = code.op_code().can_use_lock_prefix() && operand == 0;
         instruction.set_has_lock_prefix(lockable && random.chance(20));
@@ -85,7 +87,12 @@ fn instance(program: &mut Program, random: &mut Random, code: Code) -> bool {
 
 fn general(random: &mut Random, first: Register) -> Register {
     let number = random.below(15) as u32;
-    first + if number >= RSP as u32 { number + 1 } else { number }
+    first
+        + if number >= RSP as u32 {
+            number + 1
+        } else {
+            number
+        }
 }
 
 fn register(random: &mut Random, kind: OpCodeOperandKind, memory: bool) -> Option<Register> {
@@ -179,20 +186,24 @@ fn any_address(random: &mut Random, instruction: &mut Instruction) {
     }
 }
 
-/// BT and its family reach beyond their operand by a register.
-fn bit_offset(program: &mut Program, random: &mut Random, instruction: &Instruction) {
+/// BT and its family reach beyond their operand by a register; false when that is one of the operand's.
+fn bit_offset(program: &mut Program, random: &mut Random, instruction: &Instruction) -> bool {
     use Mnemonic::*;
     let register = instruction.op1_register();
     let reaches = matches!(instruction.mnemonic(), Bt | Bts | Btr | Btc) && register.is_gpr();
     if !reaches {
-        return;
+        return true;
     }
-    let index = register.full_register().number();
-    if !program.is_reserved(index) {
-        // At most 64 bytes to either side, which operands are away from the ends.
-        let offset = random.below(0x400).wrapping_sub(0x200);
-        program.set_wide(index, offset);
+    let register = register.full_register();
+    let number = register.number();
+    let address = [instruction.memory_base(), instruction.memory_index()];
+    if program.is_reserved(number) || address.map(Register::full_register).contains(&register) {
+        return false;
     }
+    // At most 64 bytes to either side, which operands are away from the ends.
+    let offset = random.below(0x400).wrapping_sub(0x200);
+    program.set_wide(number, offset);
+    true
 }
 
 /// May the instruction's operand of 16 bytes and more be anywhere?
@@ -232,7 +243,9 @@ pub(crate) fn memory_operand(
 ) {
     let size = instruction.memory_size().size() as u64;
     let alignment = match size {
-        16.. if is_aligned_only(instruction) && !random.chance(1) => 16.max(size.next_power_of_two().min(32)),
+        16.. if is_aligned_only(instruction) && !random.chance(1) => {
+            16.max(size.next_power_of_two().min(32))
+        }
         _ => 1,
     };
     let address = data_address(random, size, alignment);
@@ -244,7 +257,11 @@ pub(crate) fn memory_operand(
         // [RSP + displacement], sometimes with an index.
         2..=4 => {
             let at = (ABOVE + random.below(ABOVE_BYTES - size)) & !(alignment - 1);
-            place(instruction, Register::RSP, at.wrapping_sub(program.known.stack));
+            place(
+                instruction,
+                Register::RSP,
+                at.wrapping_sub(program.known.stack),
+            );
             if alignment == 1 && size < 64 && random.chance(20) {
                 index(program, random, instruction);
             }
@@ -276,7 +293,11 @@ fn place(instruction: &mut Instruction, base: Register, displacement: u64) {
     let size = match base {
         _ if displacement == 0 => 0,
         Register::None => 4,
-        _ if base.is_gpr32() && displacement as u32 as i32 == i32::from(displacement as u8 as i8) => 1,
+        _ if base.is_gpr32()
+            && displacement as u32 as i32 == i32::from(displacement as u8 as i8) =>
+        {
+            1
+        }
         _ if base.is_gpr32() => 4,
         _ if displacement as i64 == i64::from(displacement as i8) => 1,
         _ => 8,
@@ -341,7 +362,10 @@ fn index(program: &mut Program, random: &mut Random, instruction: &mut Instructi
     };
     instruction.set_memory_index(Register::RAX + register as u32);
     instruction.set_memory_index_scale(scale);
-    let range = program.known.registers[register].unwrap_or(Range { low: 0, high: INDEX });
+    let range = program.known.registers[register].unwrap_or(Range {
+        low: 0,
+        high: INDEX,
+    });
     Range {
         low: range.low * u64::from(scale),
         high: range.high * u64::from(scale),
@@ -376,7 +400,10 @@ fn bound(program: &mut Program, random: &mut Random, register: usize) {
     }
     let done = program.emit(&instruction);
     assert!(done, "the register is free");
-    program.known.registers[register] = Some(Range { low: 0, high: INDEX });
+    program.known.registers[register] = Some(Range {
+        low: 0,
+        high: INDEX,
+    });
 }
 
 /// Base, or a loop's pointer, and index.
@@ -409,12 +436,6 @@ fn indexed(program: &mut Program, random: &mut Random, instruction: &mut Instruc
     let base = pointer(program, random, low);
     instruction.set_memory_base(Register::RAX + base.0 as u32);
     index(program, random, instruction);
-    if program.known.registers[base.0].and_then(Range::value) != Some(base.1) {
-        // The index is the same register now.
-        instruction.set_memory_index(Register::None);
-        place(instruction, Register::RIP, low);
-        return;
-    }
     place(
         instruction,
         Register::RAX + base.0 as u32,

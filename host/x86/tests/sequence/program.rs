@@ -1,7 +1,7 @@
 //! A program in the making: its bytes, and what is known of the state at each of them.
 
 use iced_x86::{
-    Encoder, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register, RflagsBits,
+    Encoder, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, RflagsBits,
 };
 
 use crate::compare::{AF, ARITHMETIC, CF, OF, ZF, operand_size};
@@ -56,6 +56,8 @@ pub(crate) struct Hole {
     at: usize,
     /// Relative to the address behind it, and so many bytes further.
     behind: Option<u64>,
+    /// To the address of a word with the target, in the table.
+    by_table: bool,
 }
 
 /// A word behind the code that has an address in it.
@@ -112,8 +114,13 @@ impl Program {
 
     /// Appends an instruction unless it writes a reserved register or has no encoding.
     pub(crate) fn emit(&mut self, instruction: &Instruction) -> bool {
+        self.emit_with(instruction, 0)
+    }
+
+    /// The same for one that may write some reserved registers.
+    pub(crate) fn emit_with(&mut self, instruction: &Instruction, allowed: u16) -> bool {
         let written = self.written(instruction);
-        if written & self.reserved != 0 {
+        if written & self.reserved & !allowed != 0 {
             return false;
         }
         if flags(instruction.rflags_read()) & self.known.undefined != 0 {
@@ -122,7 +129,7 @@ impl Program {
         let here = self.here();
         if self.encoder.encode(instruction, here).is_err() {
             // What it wrote of the instruction is dropped.
-            self.encoder.take_buffer();
+            drop(self.encoder.take_buffer());
             return false;
         }
         let bytes = self.encoder.take_buffer();
@@ -130,7 +137,11 @@ impl Program {
         self.bytes.extend_from_slice(&bytes);
         self.forget(written);
         let keeps = keeps_flags(instruction);
-        let modified = if keeps { 0 } else { flags(instruction.rflags_modified()) };
+        let modified = if keeps {
+            0
+        } else {
+            flags(instruction.rflags_modified())
+        };
         self.known.undefined &= !modified;
         self.known.undefined |= flags(instruction.rflags_undefined()) | shifted_out(instruction);
         true
@@ -150,7 +161,15 @@ impl Program {
         Hole {
             at,
             behind: relative.then_some(0),
+            by_table: false,
         }
+    }
+
+    /// The hole in an instruction that finds its target in the table.
+    pub(crate) fn raw_by_table(&mut self, opcode: &[u8]) -> Hole {
+        let mut hole = self.raw_with_hole(opcode, true);
+        hole.by_table = true;
+        hole
     }
 
     /// The hole in an instruction that has so many bytes behind it.
@@ -162,6 +181,10 @@ impl Program {
     }
 
     pub(crate) fn fill(&mut self, hole: Hole, target: u64) {
+        if hole.by_table {
+            self.fill_with_table(hole, &[target]);
+            return;
+        }
         let value = match hole.behind {
             Some(bytes) => target.wrapping_sub(self.start + hole.at as u64 + 4 + bytes),
             None => target,
@@ -170,7 +193,8 @@ impl Program {
     }
 
     /// The hole gets the address of a table behind the code with these addresses.
-    pub(crate) fn fill_with_table(&mut self, hole: Hole, targets: &[u64]) {
+    pub(crate) fn fill_with_table(&mut self, mut hole: Hole, targets: &[u64]) {
+        hole.by_table = false;
         let first = self.table.len();
         self.table.extend_from_slice(targets);
         self.words.push(Word { hole, first });
@@ -188,7 +212,10 @@ impl Program {
             let register = used.register();
             let writes = matches!(
                 used.access(),
-                OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
+                OpAccess::Write
+                    | OpAccess::CondWrite
+                    | OpAccess::ReadWrite
+                    | OpAccess::ReadCondWrite
             );
             if writes && register.is_gpr() {
                 written |= 1 << register.full_register().number();
@@ -277,7 +304,10 @@ impl Program {
         for word in std::mem::take(&mut self.words) {
             self.fill(word.hole, at + 8 * word.first as u64);
         }
-        self.table.iter().flat_map(|word| word.to_le_bytes()).collect()
+        self.table
+            .iter()
+            .flat_map(|word| word.to_le_bytes())
+            .collect()
     }
 }
 
@@ -321,7 +351,11 @@ fn shifted_out(instruction: &Instruction) -> u64 {
     let last = instruction.op_count().saturating_sub(1);
     let one = instruction.op_kind(last) == OpKind::Immediate8 && instruction.immediate8() == 1;
     // Bits may be shifted out twice over.
-    let narrow = if operand_size(instruction) < 32 { CF } else { 0 };
+    let narrow = if operand_size(instruction) < 32 {
+        CF
+    } else {
+        0
+    };
     match instruction.mnemonic() {
         Shl | Sal | Shr | Sar if one => AF,
         Sar => AF | OF,
