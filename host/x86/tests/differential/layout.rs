@@ -64,4 +64,6 @@ pub(crate) enum End {
     At(u64),
     /// An exception, with error code and, for page faults, the address.
     Fault { vector: u8, code: u64, address: u64 },
+    /// Translated code is not what the interpreter does.
+    Differs,
 }

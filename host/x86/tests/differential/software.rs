@@ -250,10 +250,15 @@ impl Software {
         self.to_exception()
     }
 
+    /// How the interpreter and translated code differ, where a run ended with that.
+    pub(crate) fn difference(&self) -> Option<&str> {
+        self.cpu.difference()
+    }
+
     fn to_exception(&mut self) -> (Machine, End) {
         let vector = match self.cpu.run() {
             Stop::PortWrite { port, .. } => port as u8,
-            Stop::Differs => panic!("{}", self.cpu.difference().unwrap_or_default()),
+            Stop::Differs => return (Machine::ZERO, End::Differs),
             other => panic!("unexpected stop {other:?} at {:#x}", self.cpu.state().rip),
         };
         let after = self.cpu.state();

@@ -128,6 +128,9 @@ fn runs_differ(
         } else {
             software.run_again(&sequence.input)
         };
+        if after.1 == End::Differs {
+            return software.difference().map(str::to_owned);
+        }
         let difference = machines_differ(intel, sequence, *expected, &after)
             .or_else(|| memories_differ(native.scratch(), software.scratch()));
         if let Some(difference) = difference {
@@ -146,7 +149,7 @@ fn machines_differ(
     let at = native.0.rip;
     let instruction = match native.1 {
         End::Fault { .. } => decode(sequence, at).unwrap_or_default(),
-        End::At(_) => Instruction::new(),
+        End::At(_) | End::Differs => Instruction::new(),
     };
     if intel {
         vendors::as_amd(&instruction, &sequence.input, &mut native, software);
@@ -162,7 +165,7 @@ fn machines_differ(
         ));
     }
     let undefined = match end {
-        End::Fault { .. } => sequence.undefined(native.rip),
+        End::Fault { .. } | End::Differs => sequence.undefined(native.rip),
         End::At(end) => sequence.undefined(end),
     };
     if intel {

@@ -66,6 +66,8 @@ fn instance(program: &mut Program, random: &mut Random, code: Code) -> bool {
     let operand =
         (0..instruction.op_count()).find(|operand| instruction.op_kind(*operand) == OpKind::Memory);
     if let Some(operand) = operand {
+        let lockable = code.op_code().can_use_lock_prefix() && operand == 0;
+        instruction.set_has_lock_prefix(lockable && random.chance(20));
         let absolute = code.op_code().op_kind(operand) == OpCodeOperandKind::mem_offs;
         if code.mnemonic() == Mnemonic::Lea {
             any_address(random, &mut instruction);
@@ -79,8 +81,6 @@ fn instance(program: &mut Program, random: &mut Random, code: Code) -> bool {
                 return false;
             }
         }
-        let lockable = code.op_code().can_use_lock_prefix() && operand == 0;
-        instruction.set_has_lock_prefix(lockable && random.chance(20));
     }
     program.emit(&instruction)
 }
@@ -217,6 +217,10 @@ fn is_aligned_only(instruction: &Instruction) -> bool {
     }
 }
 
+fn is_locked(instruction: &Instruction) -> bool {
+    instruction.has_lock_prefix() || instruction.mnemonic() == Mnemonic::Xchg
+}
+
 /// An address for an operand of `size` bytes: aligned, not, across lines and pages.
 pub(crate) fn data_address(random: &mut Random, size: u64, alignment: u64) -> u64 {
     let size = size.max(1);
@@ -243,6 +247,8 @@ pub(crate) fn memory_operand(
 ) {
     let size = instruction.memory_size().size() as u64;
     let alignment = match size {
+        // A lock across lines stops the whole host for a while.
+        1..=8 if is_locked(instruction) && !random.chance(3) => size.next_power_of_two(),
         16.. if is_aligned_only(instruction) && !random.chance(1) => {
             16.max(size.next_power_of_two().min(32))
         }
