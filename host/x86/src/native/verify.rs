@@ -11,7 +11,7 @@ use std::fmt::Write;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use iced_x86::{Decoder, DecoderOptions, FastFormatter, Instruction};
+use iced_x86::{Decoder, DecoderOptions, FastFormatter, Instruction, Mnemonic, OpKind};
 
 use crate::cpu::{AbortReason, Cpu};
 use crate::decode::Block;
@@ -230,8 +230,10 @@ impl Cpu {
     fn undefined_flags(&self, blocks: &[&Block]) -> u64 {
         let instructions = self.instructions_of(blocks);
         let undefined = instructions.iter().fold(0, |undefined, i| {
-            // Shifts by a count that may be zero leave what was.
-            let written = i.rflags_written() | i.rflags_cleared() | i.rflags_set();
+            let written = match may_leave_flags(i) {
+                true => 0,
+                false => i.rflags_written() | i.rflags_cleared() | i.rflags_set(),
+            };
             undefined & !written | i.rflags_undefined()
         });
         let bits = [
@@ -331,6 +333,18 @@ impl Cpu {
             );
         }
         text
+    }
+}
+
+/// Does it leave flags as they were when it counts to nothing?
+fn may_leave_flags(i: &Instruction) -> bool {
+    use Mnemonic::*;
+    let last = i.op_kind(i.op_count().saturating_sub(1));
+    match i.mnemonic() {
+        Shl | Sal | Shr | Sar | Rol | Ror | Shld | Shrd => last != OpKind::Immediate8,
+        // By the operand's size and one as well.
+        Rcl | Rcr => true,
+        _ => i.has_rep_prefix() || i.has_repne_prefix(),
     }
 }
 

@@ -95,7 +95,7 @@ pub(crate) fn difference(
     let partial = partly_written(instruction, native);
     let undefined = match native_end {
         End::At(_) => undefined_flags(instruction, input),
-        End::Fault { .. } => 0,
+        End::Fault { .. } | End::Differs => 0,
     };
     let mut difference = general_difference(native, software, partial);
     if difference.is_none() {

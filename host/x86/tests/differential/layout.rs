@@ -50,6 +50,14 @@ pub(crate) fn slot_address(slot: usize) -> u64 {
     CODE + (slot * SLOT_BYTES + SLOT_LEAD) as u64
 }
 
+/// What instructions may do to their own pages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[allow(dead_code, reason = "the test of sequences stores to its code")]
+pub(crate) enum CodePages {
+    Read,
+    Write,
+}
+
 /// How an instruction ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum End {
@@ -57,4 +65,6 @@ pub(crate) enum End {
     At(u64),
     /// An exception, with error code and, for page faults, the address.
     Fault { vector: u8, code: u64, address: u64 },
+    /// Translated code is not what the interpreter does.
+    Differs,
 }

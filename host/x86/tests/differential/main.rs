@@ -9,6 +9,10 @@
 //! * `DUNLIN_DIFF_SEED`: seed, fixed unless set;
 //! * `DUNLIN_DIFF_ONLY`: compare only forms whose name contains this.
 
+#![allow(
+    clippy::allow_attributes,
+    reason = "modules that two tests share have parts that only one of them uses"
+)]
 #![cfg(all(target_arch = "x86_64", target_os = "linux"))]
 
 mod compare;
@@ -68,9 +72,9 @@ struct Tally {
 impl Bench {
     fn new(translation: Translation) -> Self {
         Self {
-            native: Native::new(),
+            native: Native::new(CodePages::Read),
             intel: vendors::is_intel(),
-            software: Software::new(translation),
+            software: Software::new(translation, CodePages::Read),
             warm: false,
             template: [vec![0; DATA_BYTES], vec![0; STACK_BYTES]],
         }
@@ -292,7 +296,7 @@ fn report(case: &Case, difference: &str) -> String {
 fn every_offered_form_does_what_the_host_does() {
     let mut bench = Bench::new(Translation::Never);
     compare_all(&mut bench, "interpreted");
-    bench.software = Software::new(Translation::After(NonZeroU32::MIN));
+    bench.software = Software::new(Translation::After(NonZeroU32::MIN), CodePages::Read);
     bench.warm = true;
     compare_all(&mut bench, "translated");
 }

@@ -168,7 +168,7 @@ unsafe fn upper_halves(frame: *const u8) -> [u8; 256] {
 
 impl Native {
     /// Makes the mappings and takes the signals.
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(pages: CodePages) -> Self {
         map(CONTROL, PAGE, libc::PROT_READ | libc::PROT_WRITE, None);
         map(DATA, DATA_BYTES, libc::PROT_READ | libc::PROT_WRITE, None);
         map(STACK, STACK_BYTES, libc::PROT_READ | libc::PROT_WRITE, None);
@@ -176,10 +176,14 @@ impl Native {
         let code = unsafe {
             let file = libc::memfd_create(c"differential".as_ptr(), 0);
             assert_eq!(libc::ftruncate(file, CODE_BYTES as i64), 0);
+            let writable = match pages {
+                CodePages::Read => 0,
+                CodePages::Write => libc::PROT_WRITE,
+            };
             map(
                 CODE,
                 CODE_BYTES,
-                libc::PROT_READ | libc::PROT_EXEC,
+                libc::PROT_READ | libc::PROT_EXEC | writable,
                 Some(file),
             );
             let code = map(

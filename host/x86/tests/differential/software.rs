@@ -137,7 +137,8 @@ impl InterruptRouter for NoRouter {
 /// The software CPU with its memory.
 pub(crate) struct Software {
     ram: Arc<Ram>,
-    cpu: Cpu,
+    /// It has a TLB inside, too large for a few of them on a stack.
+    cpu: Box<Cpu>,
     clock: Arc<GuestClock>,
     translation: Translation,
     state: CpuState,
@@ -153,7 +154,7 @@ fn segment(selector: u16, access: u16) -> Segment {
     }
 }
 
-fn processor(ram: &Arc<Ram>, clock: &Arc<GuestClock>, translation: Translation) -> Cpu {
+fn processor(ram: &Arc<Ram>, clock: &Arc<GuestClock>, translation: Translation) -> Box<Cpu> {
     let config = CpuConfig {
         id: 0,
         cpus: 1,
@@ -163,18 +164,18 @@ fn processor(ram: &Arc<Ram>, clock: &Arc<GuestClock>, translation: Translation) 
         mark: std::num::NonZeroU8::MIN,
         translation,
     };
-    Cpu::new(
+    Box::new(Cpu::new(
         config,
         Arc::clone(ram) as Arc<dyn PhysicalMemory>,
         Arc::new(Mailbox::new(0)),
         Arc::new(NoRouter),
-    )
+    ))
 }
 
 impl Software {
-    pub(crate) fn new(translation: Translation) -> Self {
+    pub(crate) fn new(translation: Translation, pages: CodePages) -> Self {
         let ram = Arc::new(Ram::new());
-        page_tables(&ram);
+        page_tables(&ram, pages);
         descriptors(&ram);
         let clock = Arc::new(GuestClock::new(1_000_000));
         let mut cpu = processor(&ram, &clock, translation);
@@ -194,6 +195,12 @@ impl Software {
             .bytes(frame::USER_CODE, CODE_BYTES / PAGE)
             .copy_from_slice(code);
         self.cpu = processor(&self.ram, &self.clock, self.translation);
+    }
+
+    /// The instructions, to be written before [`Self::run`], which notices.
+    #[allow(dead_code, reason = "the test of sequences stores to its code")]
+    pub(crate) fn code(&mut self) -> &mut [u8] {
+        self.ram.bytes(frame::USER_CODE, CODE_BYTES / PAGE)
     }
 
     /// Data and stack.
@@ -244,10 +251,16 @@ impl Software {
         self.run_to_exception()
     }
 
+    /// How the interpreter and translated code differ, where a run ended with that.
+    #[allow(dead_code, reason = "the test of sequences asks")]
+    pub(crate) fn difference(&self) -> Option<&str> {
+        self.cpu.difference()
+    }
+
     fn run_to_exception(&mut self) -> (Machine, End) {
         let vector = match self.cpu.run() {
             Stop::PortWrite { port, .. } => port as u8,
-            Stop::Differs => panic!("{}", self.cpu.difference().unwrap_or_default()),
+            Stop::Differs => return (Machine::ZERO, End::Differs),
             other => panic!("unexpected stop {other:?} at {:#x}", self.cpu.state().rip),
         };
         let after = self.cpu.state();
@@ -281,7 +294,7 @@ impl Software {
     }
 }
 
-fn page_tables(ram: &Ram) {
+fn page_tables(ram: &Ram, pages: CodePages) {
     let entry = |frame: usize, bits: u64| (frame * PAGE) as u64 | bits | PRESENT | ACCESSED_DIRTY;
     let index = |address: u64, level: u32| (address >> (12 + 9 * level)) as usize & 511;
     let table = USER | WRITABLE;
@@ -301,12 +314,16 @@ fn page_tables(ram: &Ram) {
         index(DATA, 1),
         entry(frame::DATA_TABLE, table),
     );
+    let code = match pages {
+        CodePages::Read => USER,
+        CodePages::Write => USER | WRITABLE,
+    };
     for page in 0..CODE_BYTES / PAGE {
         let place = index(CODE, 0) + page;
         ram.set_u64(
             frame::CODE_TABLE,
             place,
-            entry(frame::USER_CODE + page, USER),
+            entry(frame::USER_CODE + page, code),
         );
     }
     let data = USER | WRITABLE | NO_EXECUTE;

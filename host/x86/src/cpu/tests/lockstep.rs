@@ -107,3 +107,28 @@ fn what_lockstep_cannot_do_in_the_middle_of_a_trace_is_done_by_the_right_block()
     assert!(machine.cpu.verified() > 30, "{}", machine.cpu.verified());
     assert_eq!([state.gpr[gpr::RDX], state.gpr[8]], [61, 1]);
 }
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn a_shift_by_nothing_leaves_flags_as_undefined_as_they_were() {
+    if !module_path!().ends_with("translated::lockstep") {
+        return;
+    }
+    let mut machine = Machine::assembled(|a| {
+        let mut again = a.create_label();
+        a.xor(r8d, r8d).unwrap();
+        a.mov(ecx, 30).unwrap();
+        a.set_label(&mut again).unwrap();
+        a.xchg(rcx, r8).unwrap();
+        // All flags but ZF are undefined then, and this counts to nothing.
+        a.bsf(ax, r8w).unwrap();
+        a.sar(si, cl).unwrap();
+        a.xchg(rcx, r8).unwrap();
+        a.loop_(again).unwrap();
+        a.hlt().unwrap();
+    });
+    machine.cpu.translator.verifies = true;
+    machine.halt();
+    assert_eq!(machine.cpu.difference(), None);
+    assert!(machine.cpu.verified() > 20, "{}", machine.cpu.verified());
+}
