@@ -3,8 +3,7 @@
 //! registers, memory, defined flags and exceptions.
 //!
 //! Translated code runs several times over without anything being flushed in between, so that it finds
-//! its operands in the software TLB. `cargo xtask fuzz cpu_sequence` does the same with programs that a
-//! fuzzer makes. Environment variables:
+//! its operands in the software TLB. Environment variables:
 //!
 //! * `DUNLIN_SEQUENCE_COUNT`: programs, 600 unless set;
 //! * `DUNLIN_SEQUENCE_SEED`: the first one's seed, fixed unless set;
