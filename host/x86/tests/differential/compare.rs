@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, Instruction, MemorySize, Mnemonic, OpKind, Register};
 
-use crate::layout::{End, Machine};
+use crate::layout::{DATA, End, Machine, STACK};
 
 pub(crate) const CF: u64 = 1 << 0;
 const PF: u64 = 1 << 2;
@@ -262,6 +262,28 @@ fn float_difference(native: &[u8; 512], software: &[u8; 512]) -> Option<String> 
         }
     }
     None
+}
+
+/// The first bytes of both memories that differ, in words.
+pub(crate) fn memory_difference(
+    native: [&mut [u8]; 2],
+    software: [&mut [u8]; 2],
+) -> Option<String> {
+    let parts = native.into_iter().zip(software).zip([DATA, STACK]);
+    let ((native, software), base) = parts
+        .into_iter()
+        .find(|((native, software), _)| native != software)?;
+    let pairs = native.iter().zip(&*software);
+    let at = pairs
+        .take_while(|(native, software)| native == software)
+        .count();
+    let end = (at + 16).min(native.len());
+    Some(format!(
+        "memory at {:#x}: native {}, software {}",
+        base + at as u64,
+        number(&native[at..end]),
+        number(&software[at..end])
+    ))
 }
 
 /// Little-endian bytes as a hexadecimal number.

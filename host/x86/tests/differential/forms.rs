@@ -1,6 +1,6 @@
 //! Which instruction forms there are, and which of them are not compared, with the reason.
 
-use iced_x86::{Code, CpuidFeature, EncodingKind, Mnemonic, OpCodeOperandKind};
+use iced_x86::{Code, CpuidFeature, EncodingKind, Mnemonic, OpCodeOperandKind, Register};
 
 /// What becomes of a form.
 pub(crate) enum Verdict {
@@ -183,3 +183,27 @@ fn is_far(code: Code) -> bool {
             | Code::Jmp_m1664
     )
 }
+
+/// The stack pointer's comes first.
+pub(crate) const BYTE_REGISTERS: [Register; 20] = [
+    Register::SPL,
+    Register::AL,
+    Register::CL,
+    Register::DL,
+    Register::BL,
+    Register::AH,
+    Register::CH,
+    Register::DH,
+    Register::BH,
+    Register::BPL,
+    Register::SIL,
+    Register::DIL,
+    Register::R8L,
+    Register::R9L,
+    Register::R10L,
+    Register::R11L,
+    Register::R12L,
+    Register::R13L,
+    Register::R14L,
+    Register::R15L,
+];

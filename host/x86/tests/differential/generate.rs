@@ -5,6 +5,7 @@ use iced_x86::{
     Register,
 };
 
+use crate::forms::BYTE_REGISTERS;
 use crate::layout::*;
 use crate::random::Random;
 
@@ -29,29 +30,6 @@ const RSP: usize = 4;
 const RBP: usize = 5;
 const RSI: usize = 6;
 const RDI: usize = 7;
-
-const BYTE_REGISTERS: [Register; 20] = [
-    Register::AL,
-    Register::CL,
-    Register::DL,
-    Register::BL,
-    Register::AH,
-    Register::CH,
-    Register::DH,
-    Register::BH,
-    Register::SPL,
-    Register::BPL,
-    Register::SIL,
-    Register::DIL,
-    Register::R8L,
-    Register::R9L,
-    Register::R10L,
-    Register::R11L,
-    Register::R12L,
-    Register::R13L,
-    Register::R14L,
-    Register::R15L,
-];
 
 /// The generator of one form's cases.
 pub(crate) struct Generator<'a> {

@@ -52,7 +52,6 @@ pub(crate) fn slot_address(slot: usize) -> u64 {
 
 /// What instructions may do to their own pages.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[allow(dead_code, reason = "the test of sequences stores to its code")]
 pub(crate) enum CodePages {
     Read,
     Write,

@@ -9,18 +9,16 @@
 //! * `DUNLIN_DIFF_SEED`: seed, fixed unless set;
 //! * `DUNLIN_DIFF_ONLY`: compare only forms whose name contains this.
 
-#![allow(
-    clippy::allow_attributes,
-    reason = "modules that two tests share have parts that only one of them uses"
-)]
 #![cfg(all(target_arch = "x86_64", target_os = "linux"))]
 
 mod compare;
 mod forms;
 mod generate;
+#[expect(dead_code, reason = "the test of sequences uses the rest")]
 mod layout;
 mod native;
 mod random;
+#[expect(dead_code, reason = "the test of sequences uses the rest")]
 mod software;
 mod vendors;
 
@@ -142,7 +140,13 @@ impl Bench {
             !self.intel || vendors::as_amd(&case.instruction, &case.input, &mut native, &software);
         self.equal_mxcsr_masks(case);
         let found = compare::difference(&case.instruction, &case.input, &native, &software)
-            .or_else(|| stored.then(|| self.memory_difference()).flatten());
+            .or_else(|| {
+                stored
+                    .then(|| {
+                        compare::memory_difference(self.native.scratch(), self.software.scratch())
+                    })
+                    .flatten()
+            });
         self.restore();
         found
     }
@@ -167,31 +171,6 @@ impl Bench {
                 native.copy_from_slice(software);
             }
         }
-    }
-
-    fn memory_difference(&mut self) -> Option<String> {
-        let both = self
-            .native
-            .scratch()
-            .into_iter()
-            .zip(self.software.scratch());
-        for ((native, software), base) in both.zip([DATA, STACK]) {
-            if native == software {
-                continue;
-            }
-            let pairs = native.iter().zip(software.iter());
-            let at = pairs
-                .take_while(|(native, software)| native == software)
-                .count();
-            let end = (at + 16).min(native.len());
-            return Some(format!(
-                "memory at {:#x}: native {}, software {}",
-                base + at as u64,
-                compare::number(&native[at..end]),
-                compare::number(&software[at..end])
-            ));
-        }
-        None
     }
 
     fn form(&mut self, code: Code, wanted: u64, random: &mut Random) -> Tally {

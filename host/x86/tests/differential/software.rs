@@ -198,7 +198,6 @@ impl Software {
     }
 
     /// The instructions, to be written before [`Self::run`], which notices.
-    #[allow(dead_code, reason = "the test of sequences stores to its code")]
     pub(crate) fn code(&mut self) -> &mut [u8] {
         self.ram.bytes(frame::USER_CODE, CODE_BYTES / PAGE)
     }
@@ -252,7 +251,6 @@ impl Software {
     }
 
     /// How the interpreter and translated code differ, where a run ended with that.
-    #[allow(dead_code, reason = "the test of sequences asks")]
     pub(crate) fn difference(&self) -> Option<&str> {
         self.cpu.difference()
     }

@@ -3,7 +3,7 @@
 
 use std::arch::x86_64::__cpuid;
 
-use iced_x86::{Instruction, MemorySize, Mnemonic, OpKind};
+use iced_x86::{Instruction, MemorySize, Mnemonic, OpKind, Register};
 
 use crate::layout::{End, Machine};
 
@@ -153,25 +153,30 @@ fn strings(instruction: &Instruction, input: &Machine, native: &mut Outcome, sof
     }
 }
 
+/// The halves of a vector register, on both sides.
+fn halves_of<'a>(
+    register: Register,
+    native: &'a mut Machine,
+    software: &'a Machine,
+) -> [(&'a mut [u8], &'a [u8]); 2] {
+    let upper = register.number() * 16;
+    let lower = 160 + upper;
+    let (lower, upper) = (lower..lower + 16, upper..upper + 16);
+    [
+        (&mut native.float[lower.clone()], &software.float[lower]),
+        (&mut native.upper[upper.clone()], &software.upper[upper]),
+    ]
+}
+
 /// What a gather leaves of its mask, which is the last operand, and of upper halves.
 fn gathered(instruction: &Instruction, native: &mut Outcome, software: &Outcome) {
     let register = instruction.op_register(instruction.op_count() - 1);
     let bytes = instruction.memory_size().element_size().max(4);
-    let number = register.number();
-    let at = 160 + number * 16;
-    let lower = (
-        &mut native.0.float[at..at + 16],
-        &software.0.float[at..at + 16],
-    );
-    let at = number * 16;
-    let upper = (
-        &mut native.0.upper[at..at + 16],
-        &software.0.upper[at..at + 16],
-    );
     // As many as there are elements or indices.
     let wide = register.is_ymm() || instruction.memory_index().is_ymm();
     let halves = if wide { 2 } else { 1 };
-    for (native, software) in [lower, upper].into_iter().take(halves) {
+    let both = halves_of(register, &mut native.0, &software.0);
+    for (native, software) in both.into_iter().take(halves) {
         for (native, software) in native.chunks_mut(bytes).zip(software.chunks(bytes)) {
             let set = software[bytes - 1] & 0x80 != 0;
             if native
@@ -194,18 +199,8 @@ fn gathered(instruction: &Instruction, native: &mut Outcome, software: &Outcome)
 /// Elements of the destination that are no numbers on both sides.
 fn not_numbers(instruction: &Instruction, native: &mut Outcome, software: &Outcome) {
     let wide = matches!(instruction.mnemonic(), Mnemonic::Dppd | Mnemonic::Vdppd);
-    let number = instruction.op0_register().number();
-    let at = 160 + number * 16;
-    let lower = (
-        &mut native.0.float[at..at + 16],
-        &software.0.float[at..at + 16],
-    );
-    let at = number * 16;
-    let upper = (
-        &mut native.0.upper[at..at + 16],
-        &software.0.upper[at..at + 16],
-    );
-    for (native, software) in [lower, upper] {
+    let register = instruction.op0_register();
+    for (native, software) in halves_of(register, &mut native.0, &software.0) {
         let bytes = if wide { 8 } else { 4 };
         for (native, software) in native.chunks_mut(bytes).zip(software.chunks(bytes)) {
             if is_quiet(native) && is_quiet(software) {

@@ -83,16 +83,8 @@ impl Bench {
         };
         let mut found = None;
         for (index, runs) in [(0, 1), (translator, RUNS)] {
-            let (how, software) = &mut self.software[index];
-            let found_here = runs_differ(
-                &mut self.native,
-                self.intel,
-                software,
-                sequence,
-                runs,
-                &native,
-            );
-            found = found.or(found_here.map(|text| format!("{how}, {text}")));
+            let found_here = self.runs_differ(index, sequence, runs, &native);
+            found = found.or(found_here);
         }
         for (_, software) in &mut self.software {
             software.code()[range.clone()].fill(0xcc);
@@ -101,47 +93,44 @@ impl Bench {
         found
     }
 
+    /// Runs a program on one of the software's processors; how that is not as expected.
+    fn runs_differ(
+        &mut self,
+        index: usize,
+        sequence: &Sequence,
+        runs: usize,
+        expected: &(Machine, End),
+    ) -> Option<String> {
+        let (how, software) = &mut self.software[index];
+        let offset = (sequence.input.rip - CODE) as usize;
+        let range = offset..offset + sequence.code.len();
+        software.code()[range.clone()].copy_from_slice(&sequence.code);
+        let ended_well = matches!(expected.1, End::At(_));
+        for run in 0..runs {
+            load(software.scratch(), &sequence.memory);
+            let cold = run == 0 || sequence.stores_to_code && !ended_well;
+            let after = if cold {
+                software.code()[range.clone()].copy_from_slice(&sequence.code);
+                software.run(&sequence.input)
+            } else {
+                software.run_again(&sequence.input)
+            };
+            if after.1 == End::Differs {
+                return software.difference().map(|text| format!("{how}: {text}"));
+            }
+            let difference = machines_differ(self.intel, sequence, *expected, &after)
+                .or_else(|| compare::memory_difference(self.native.scratch(), software.scratch()));
+            if let Some(difference) = difference {
+                return Some(format!("{how}, run {}: {difference}", run + 1));
+            }
+        }
+        None
+    }
+
     /// Forgets what earlier programs left behind.
     pub(crate) fn renew(&mut self) {
         self.software = processors();
     }
-}
-
-#[allow(
-    clippy::too_many_arguments,
-    reason = "two processors, and what they began with"
-)]
-fn runs_differ(
-    native: &mut Native,
-    intel: bool,
-    software: &mut Software,
-    sequence: &Sequence,
-    runs: usize,
-    expected: &(Machine, End),
-) -> Option<String> {
-    let offset = (sequence.input.rip - CODE) as usize;
-    let range = offset..offset + sequence.code.len();
-    software.code()[range.clone()].copy_from_slice(&sequence.code);
-    let ended_well = matches!(expected.1, End::At(_));
-    for run in 0..runs {
-        load(software.scratch(), &sequence.memory);
-        let cold = run == 0 || sequence.stores_to_code && !ended_well;
-        let after = if cold {
-            software.code()[range.clone()].copy_from_slice(&sequence.code);
-            software.run(&sequence.input)
-        } else {
-            software.run_again(&sequence.input)
-        };
-        if after.1 == End::Differs {
-            return software.difference().map(str::to_owned);
-        }
-        let difference = machines_differ(intel, sequence, *expected, &after)
-            .or_else(|| memories_differ(native.scratch(), software.scratch()));
-        if let Some(difference) = difference {
-            return Some(format!("run {}: {difference}", run + 1));
-        }
-    }
-    None
 }
 
 fn machines_differ(
@@ -181,28 +170,6 @@ fn machines_differ(
     compare::general_difference(&native, &software, None)
         .or_else(|| compare::flags_difference(&native, &software, undefined))
         .or_else(|| compare::state_difference(&native, &software, &end))
-}
-
-fn memories_differ(native: [&mut [u8]; 2], software: [&mut [u8]; 2]) -> Option<String> {
-    let parts = native.into_iter().zip(software).zip([DATA, STACK]);
-    for ((native, software), base) in parts {
-        if native == software {
-            continue;
-        }
-        let at = native
-            .iter()
-            .zip(&*software)
-            .take_while(|(native, software)| native == software)
-            .count();
-        let end = (at + 16).min(native.len());
-        return Some(format!(
-            "memory at {:#x}: native {}, software {}",
-            base + at as u64,
-            compare::number(&native[at..end]),
-            compare::number(&software[at..end])
-        ));
-    }
-    None
 }
 
 fn decode(sequence: &Sequence, at: u64) -> Option<Instruction> {

@@ -3,8 +3,6 @@
 //! A step is an instruction or opens something: what a branch skips, a loop, a routine. What is open
 //! closes after so many steps, the innermost first, so that every program ends.
 
-#![allow(clippy::precedence, reason = "shifts of parts of an encoding")]
-
 use crate::catalog::Catalog;
 use crate::layout::*;
 use crate::operands::{free, plain};
@@ -447,7 +445,7 @@ fn close_loop(program: &mut Program, random: &mut Random, the: &Loop, begun: &Kn
         let (low, high) = (register as u8 & 7, register as u8 >> 3);
         if random.chance(50) {
             // LEA register, [register + stride].
-            let mut code = vec![0x48 | 5 * high, 0x8d, 0x80 | low << 3 | low];
+            let mut code = vec![0x48 | (5 * high), 0x8d, 0x80 | low << 3 | low];
             if low == 4 {
                 code.push(0x24);
             }
@@ -480,11 +478,11 @@ fn close_loop(program: &mut Program, random: &mut Random, the: &Loop, begun: &Kn
         }
         // LEA and TEST.
         2 if low != 4 => {
-            program.raw(&[0x48 | 5 * high, 0x8d, 0x40 | low << 3 | low, 0xff]);
-            program.raw(&[0x48 | 5 * high, 0x85, 0xc0 | low << 3 | low]);
+            program.raw(&[0x48 | (5 * high), 0x8d, 0x40 | low << 3 | low, 0xff]);
+            program.raw(&[0x48 | (5 * high), 0x85, 0xc0 | low << 3 | low]);
             program.known.undefined = crate::compare::AF;
             if begun.undefined & crate::compare::AF == 0 {
-                program.raw(&[0x48 | 5 * high, 0x39, 0xc0 | low << 3 | low]);
+                program.raw(&[0x48 | (5 * high), 0x39, 0xc0 | low << 3 | low]);
                 // Compares with itself: always equal, so the sum is looked at once more.
                 program.raw(&[0x48 | high, 0x83, 0xf8 | low, 0]);
                 program.known.undefined = 0;

@@ -9,52 +9,24 @@
 //! * `DUNLIN_SEQUENCE_SEED`: the first one's seed, fixed unless set;
 //! * `DUNLIN_SEQUENCE_LIST`: tells each program.
 
-#![allow(
-    clippy::allow_attributes,
-    reason = "modules that two tests share have parts that only one of them uses"
-)]
 #![cfg(all(target_arch = "x86_64", target_os = "linux"))]
 
-#[allow(
-    dead_code,
-    reason = "shared with the test of forms, which uses the rest"
-)]
+#[expect(dead_code, reason = "the test of forms uses the rest")]
 #[path = "../differential/compare.rs"]
 mod compare;
-#[allow(
-    dead_code,
-    reason = "shared with the test of forms, which uses the rest"
-)]
+#[expect(dead_code, reason = "the test of forms uses the rest")]
 #[path = "../differential/forms.rs"]
 mod forms;
-#[allow(
-    dead_code,
-    reason = "shared with the test of forms, which uses the rest"
-)]
+#[expect(dead_code, reason = "the test of forms uses the rest")]
 #[path = "../differential/layout.rs"]
 mod layout;
-#[allow(
-    dead_code,
-    reason = "shared with the test of forms, which uses the rest"
-)]
 #[path = "../differential/native.rs"]
 mod native;
-#[allow(
-    dead_code,
-    reason = "shared with the test of forms, which uses the rest"
-)]
 #[path = "../differential/random.rs"]
 mod random;
-#[allow(
-    dead_code,
-    reason = "shared with the test of forms, which uses the rest"
-)]
+#[expect(dead_code, reason = "the test of forms uses the rest")]
 #[path = "../differential/software.rs"]
 mod software;
-#[allow(
-    dead_code,
-    reason = "shared with the test of forms, which uses the rest"
-)]
 #[path = "../differential/vendors.rs"]
 mod vendors;
 

@@ -2,6 +2,7 @@
 
 use iced_x86::{Code, EncodingKind, Instruction, Mnemonic, OpCodeOperandKind, OpKind, Register};
 
+use crate::forms::BYTE_REGISTERS;
 use crate::layout::*;
 use crate::program::*;
 use crate::random::Random;
@@ -11,28 +12,6 @@ const ABOVE: u64 = STACK + 0x900;
 const ABOVE_BYTES: u64 = 0x600;
 /// How far a register reaches that is made an index.
 const INDEX: u64 = 0xff;
-
-const BYTE_REGISTERS: [Register; 19] = [
-    Register::AL,
-    Register::CL,
-    Register::DL,
-    Register::BL,
-    Register::AH,
-    Register::CH,
-    Register::DH,
-    Register::BH,
-    Register::BPL,
-    Register::SIL,
-    Register::DIL,
-    Register::R8L,
-    Register::R9L,
-    Register::R10L,
-    Register::R11L,
-    Register::R12L,
-    Register::R13L,
-    Register::R14L,
-    Register::R15L,
-];
 
 /// Appends an instance of one of the forms; false when no draw fitted.
 pub(crate) fn plain(program: &mut Program, random: &mut Random, codes: &[Code]) -> bool {
@@ -104,7 +83,7 @@ fn register(random: &mut Random, kind: OpCodeOperandKind, memory: bool) -> Optio
         {
             return None;
         }
-        r8_or_mem | r8_reg | r8_opcode => random.pick(&BYTE_REGISTERS),
+        r8_or_mem | r8_reg | r8_opcode => random.pick(&BYTE_REGISTERS[1..]),
         r16_or_mem | r16_reg | r16_rm | r16_opcode => general(random, Register::AX),
         r32_or_mem | r32_reg | r32_rm | r32_opcode | r32_vvvv => general(random, Register::EAX),
         r64_or_mem | r64_reg | r64_rm | r64_opcode | r64_vvvv => general(random, Register::RAX),

@@ -203,13 +203,7 @@ fn a_loop_without_end_hears_a_kick() {
         a.inc(rax).unwrap();
         a.jmp(again).unwrap();
     });
-    let mailbox = Arc::clone(&machine.mailbox);
-    let kicker = std::thread::spawn(move || {
-        std::thread::sleep(std::time::Duration::from_millis(30));
-        mailbox.kick();
-    });
-    assert_eq!(machine.cpu.run(), Stop::Kicked);
-    kicker.join().unwrap();
+    machine.run_until_kicked();
     assert!(machine.cpu.state().gpr[gpr::RAX] > 1000);
     if !module_path!().contains("translated") {
         assert!(machine.cpu.instructions() > 2000);

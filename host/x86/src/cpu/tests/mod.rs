@@ -381,6 +381,17 @@ impl Machine {
         self.cpu.state()
     }
 
+    /// Runs what has no end until it is kicked.
+    fn run_until_kicked(&mut self) {
+        let mailbox = Arc::clone(&self.mailbox);
+        let kicker = std::thread::spawn(move || {
+            std::thread::sleep(std::time::Duration::from_millis(30));
+            mailbox.kick();
+        });
+        assert_eq!(self.cpu.run(), Stop::Kicked);
+        kicker.join().unwrap();
+    }
+
     /// Runs into the handler of `vector`; returns the frame that it was given, lowest address
     /// first.
     fn fault(&mut self, vector: u64) -> [u64; 6] {

@@ -306,13 +306,7 @@ fn a_loop_of_blocks_that_are_translated_as_one_hears_a_kick() {
         a.inc(rax).unwrap();
         a.jmp(first).unwrap();
     });
-    let mailbox = Arc::clone(&machine.mailbox);
-    let kicker = std::thread::spawn(move || {
-        std::thread::sleep(std::time::Duration::from_millis(30));
-        mailbox.kick();
-    });
-    assert_eq!(machine.cpu.run(), Stop::Kicked);
-    kicker.join().unwrap();
+    machine.run_until_kicked();
     let state = machine.cpu.state();
     let (inner, outer) = (state.gpr[gpr::RDX], state.gpr[gpr::RAX]);
     assert!(inner > 1000 && outer - inner <= 1, "{inner}, {outer}");
